@@ -1,0 +1,185 @@
+"""Programs: one federated computation, both halves in one file, found by its name.
+
+    @program("federated_mean", needs={"sum"}, offers={"bounded", "resolution"})
+    class FederatedMean:
+        class Params(ProgramParams):
+            column: str
+
+        def __init__(self, params): self.params = params
+
+        def coordinate(self, cohort, start=None):        # generator: no I/O
+            total = yield Round("moments", Sum(), {"x": real(bound=300, step=1e-6), "n": count()})
+            return {"mean": float(total["x"] / total["n"])}
+
+        @handler("moments")
+        def moments(self, site, task):                   # runs at the site
+            return {"x": site.table[self.params.column].sum(), "n": len(site.table)}
+
+Programs compose with ``yield from OtherProgram(params).coordinate(cohort)``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, cast
+
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from atoll.contract.capabilities import Capabilities
+from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.plan import validate
+from atoll.contract.rounds import Reply, Round, Steps, Task, Yielded
+from atoll.contract.schema import TableSchema
+from atoll.contract.wire import Array, Json
+
+
+class ProgramParams(BaseModel):
+    """Base of every program's parameters: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TableView(Protocol):
+    """A prepared table as a handler sees it. Numeric columns are float64, NaN where missing."""
+
+    schema: TableSchema
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """One column, [num_rows]; raises SchemaError if there is none of that name."""
+
+    def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
+        """Numeric columns *names* as float64 matrices [≤ size, len(names)], in row order."""
+
+
+class SiteView(Protocol):
+    """What a handler may touch at its site: nothing else is reachable."""
+
+    name: str
+    table: TableView
+    holdout: TableView
+    state: dict[str, Array]
+    """Per-run state of this program, saved together with the release it led to."""
+
+    def progress(self, done: float, total: float) -> None:
+        """Tell that work goes on (it extends the deadline) and stop here if the run was cancelled."""
+
+    def shares(self, what: str) -> bool:
+        """Whether the site's policy lets its own value of *what* ("rows", "metrics") out un-summed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """The coordinator half's view of a run: who takes part, and the prepared tables' schema."""
+
+    sites: tuple[str, ...]
+    schema: TableSchema
+    seed: int = 0
+
+
+class Program(Protocol):
+    """What ``@program`` makes sure of."""
+
+    name: str
+    version: str
+    capabilities: Capabilities
+    params: Any
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps: ...
+
+
+Handler = Callable[[Any, SiteView, Task], Reply]
+REGISTRY: dict[str, type[Any]] = {}
+C = TypeVar("C", bound=type[Any])
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+def relay(steps: Steps, stamp: Callable[[Round], Round]) -> Steps:
+    """Run *steps*, passing every Round through *stamp* on its way out."""
+    value: Any = None
+    while True:
+        try:
+            item: Yielded = steps.send(value)
+        except StopIteration as stop:
+            return stop.value
+        value = yield stamp(item) if isinstance(item, Round) else item
+
+
+def handler(name: str) -> Callable[[H], H]:
+    """Mark a method as the site's answer to rounds called *name*."""
+
+    def mark(method: H) -> H:
+        method.__dict__["__atoll_handler__"] = name
+        return method
+
+    return mark
+
+
+def program(
+    name: str, *, version: str = "1", needs: set[str] | None = None, offers: set[str] | None = None
+) -> Callable[[C], C]:
+    """Register a class as the program *name*.
+
+    needs: reductions it yields ("sum", "gather", "stream") and anything else it requires of
+    the protection; offers: what it guarantees ("bounded", "resolution", "bounded-weight").
+    """
+
+    def register(cls: C) -> C:
+        handlers = {
+            m.__atoll_handler__: m for m in vars(cls).values() if callable(m) and hasattr(m, "__atoll_handler__")
+        }
+        inner = cls.coordinate
+
+        def coordinate(self: Any, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+            params = self.params.model_dump(mode="json")
+
+            def stamp(asked: Round) -> Round:
+                return asked if asked.program else replace(asked, program=name, params=params)
+
+            result = yield from relay(inner(self, cohort, start), stamp)
+            return result
+
+        coordinate.__doc__ = inner.__doc__
+        cls.coordinate = coordinate
+        cls.name, cls.version, cls.handlers = name, version, handlers
+        cls.capabilities = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
+        known = REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise PlanError("program.duplicate", f"two programs are called {name}", field=name)
+        REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def build(name: str, params: Mapping[str, Json]) -> Program:
+    """The registered program *name* with validated *params*; raises PlanError otherwise."""
+    if name not in REGISTRY:
+        near = difflib.get_close_matches(name, REGISTRY, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "`atoll programs` lists them"
+        raise PlanError("program.unknown", f"there is no program {name!r}", field="program", remedy=hint)
+    cls = REGISTRY[name]
+    return cast(Program, cls(validate(cls.Params, dict(params), "params")))
+
+
+def handler_of(made: Program, name: str) -> Handler:
+    """The site handler *name* of a program; raises ProtocolError if it has none."""
+    try:
+        return cast(Handler, cast(Any, made).handlers[name])
+    except KeyError:
+        raise ProtocolError("task.unknown-handler", f"{made.name} has no handler {name!r}", field=name) from None
+
+
+def summary(cls: type[Any]) -> str:
+    """First line of a program's docstring."""
+    return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+
+__all__ = [
+    "REGISTRY", "Cohort", "Generator", "Program", "ProgramParams", "SiteView", "TableView",
+    "build", "handler", "handler_of", "program", "relay", "summary",
+]  # fmt: skip

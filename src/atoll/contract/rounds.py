@@ -1,0 +1,287 @@
+"""What a program asks for: a Round, the reduction it needs, and the fields it expects.
+
+A program's coordinator half is a generator. It yields a :class:`Round` and is sent
+the reduced result; it never sees a socket, a thread, a clock or a file:
+
+    total = yield Round("moments", Sum(), {"x": real(bound=300, step=1e-6), "n": count()})
+    mean = total["x"] / total["n"]
+
+Also yielded: :class:`Metrics` (to be shown and stored) and :class:`Checkpoint`
+(so that earlier reductions can be forgotten). Both are sent ``None``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.contract.errors import ProtocolError
+from atoll.contract.wire import Array, ArraySpec, Json
+
+# ---------------------------------------------------------------- fields
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What one named array of a reply must be.
+
+    shape: exact shape; a leading None means "any length", up to *limit_bytes*.
+    bound: every |element| a *single site* sends is at most this; None when not bounded.
+    step: resolution; a protection may round elements to multiples of it.
+    group: True when elements count people; the site's minimum group size applies to each.
+    """
+
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+    bound: float | None = None
+    step: float | None = None
+    group: bool = False
+    limit_bytes: int = 0
+
+    def check(self, name: str, spec: ArraySpec) -> None:
+        """Raise ProtocolError unless *spec* is what this field declares. Reads no data."""
+        if spec.dtype != self.dtype:
+            raise ProtocolError("reply.dtype", f"dtype {spec.dtype} instead of {self.dtype}", field=name)
+        open_ended = bool(self.shape) and self.shape[0] is None
+        same = len(spec.shape) == len(self.shape) and spec.shape[open_ended:] == self.shape[open_ended:]
+        if not same or (open_ended and spec.size_bytes > self.limit_bytes):
+            raise ProtocolError("reply.shape", f"shape {spec.shape} instead of {self.shape}", field=name)
+
+    def to_json(self) -> list[Json]:
+        """As sent in a task, so that the site can check before anything leaves."""
+        return [self.dtype, list(self.shape), self.bound, self.step, self.group, self.limit_bytes]
+
+    @staticmethod
+    def from_json(value: Json) -> Field:
+        """Inverse of :meth:`to_json`; raises ProtocolError on anything else."""
+        try:
+            dtype, shape, bound, step, group, limit_bytes = value
+            return Field(str(dtype), tuple(shape), bound, step, bool(group), int(limit_bytes))
+        except (TypeError, ValueError):
+            raise ProtocolError("task.field", "a task declares a malformed reply field") from None
+
+
+def _shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (shape,) if isinstance(shape, int) else tuple(shape)
+
+
+def real(
+    shape: int | tuple[int, ...] = (), *, bound: float | None = None, step: float | None = None, dtype: str = "<f8"
+) -> Field:
+    """A real-valued field: |element| ≤ *bound* at each site, to a resolution of *step*."""
+    return Field(dtype, _shape(shape), bound, step)
+
+
+def count(shape: int | tuple[int, ...] = (), *, bound: int | None = None, group: bool = False) -> Field:
+    """A field of counts (int64); ``group=True`` if each element counts people."""
+    return Field("<i8", _shape(shape), bound, 1, group)
+
+
+def opaque(limit_bytes: int) -> Field:
+    """A byte string (uint8, any length up to *limit_bytes*), such as a sealed envelope."""
+    return Field("|u1", (None,), 255, 1, limit_bytes=limit_bytes)
+
+
+# ---------------------------------------------------------------- reductions
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """The coordinator learns only the sum over the cohort, and who took part."""
+
+    tag: Literal["sum"] = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """The coordinator learns every site's reply."""
+
+    tag: Literal["gather"] = "gather"
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """The coordinator is sent one reply: the next to arrive of all that are in flight.
+
+    Each Stream round dispatches its task to ``sites`` (perhaps none) and then waits for
+    one arrival, so a program keeps sites busy by re-dispatching to whoever just answered.
+    Arrival order is stored, so that it can be replayed.
+    """
+
+    tag: Literal["stream"] = "stream"
+
+
+Reduction = Sum | Gather | Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Summed(Mapping[str, Array]):
+    """Result of Sum: arrays by field name, and the sites whose replies are in it."""
+
+    arrays: dict[str, Array]
+    sites: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered(Mapping[str, Mapping[str, Array]]):
+    """Result of Gather: each site's arrays. Sites that refused or dropped out are absent."""
+
+    replies: dict[str, dict[str, Array]]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that replied, in cohort order."""
+        return tuple(self.replies)
+
+    def __getitem__(self, site: str) -> Mapping[str, Array]:
+        return self.replies[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.replies)
+
+    def __len__(self) -> int:
+        return len(self.replies)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Result of Stream: one site's reply, the round that asked for it, and who is still busy."""
+
+    site: str
+    asked_round: int
+    values: dict[str, Array]
+
+
+Reduced = Summed | Gathered | Arrival
+
+# ---------------------------------------------------------------- what is yielded
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One request to the cohort.
+
+    name: the site handler's name.
+    reduce: the reduction the program needs.
+    reply: the fields every site must answer with, and no others.
+    send: arrays (or scalars) broadcast to all sites; *send_to*: extras for single sites.
+    sites: the subset asked (default: the whole cohort).
+    optional: a site whose policy withholds this is left out instead of failing the run.
+    program, params, stage, view: filled in by the runtime (who handles it, on which view).
+    """
+
+    name: str
+    reduce: Reduction
+    reply: Mapping[str, Field]
+    send: Mapping[str, Any] = field(default_factory=dict)
+    send_to: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    sites: tuple[str, ...] | None = None
+    optional: bool = False
+    program: str = ""
+    params: Mapping[str, Json] = field(default_factory=dict)
+    stage: str = ""
+    view: Mapping[str, Json] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Numbers worth showing while the program runs: stored with the run, plotted in the report."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A state from which ``coordinate(cohort, start=state)`` can go on."""
+
+    state: Mapping[str, Array]
+
+
+Yielded = Round | Metrics | Checkpoint
+Steps = Generator[Yielded, Any, Any]
+
+# ---------------------------------------------------------------- tasks
+
+
+@dataclass(frozen=True, slots=True)
+class TaskId:
+    """Names one request to one site; it enters every ledger entry, signature and key label.
+
+    run: 128-bit random hex. attempt: of the round, counted up when a round is asked anew.
+    step: the protection's exchange within the round ("reply" for plain).
+    """
+
+    run: str
+    round: int
+    attempt: int
+    step: str
+    site: str
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.round}/{self.attempt}/{self.step}/{self.site}"
+
+    def to_json(self) -> dict[str, Json]:
+        return {"run": self.run, "round": self.round, "attempt": self.attempt, "step": self.step, "site": self.site}
+
+    @staticmethod
+    def from_json(meta: Mapping[str, Json]) -> TaskId:
+        """From a message's meta; raises ProtocolError when a part is missing or of the wrong type."""
+        match meta:
+            case {"run": str(run), "round": int(n), "attempt": int(attempt), "step": str(step), "site": str(site)}:
+                return TaskId(run, n, attempt, step, site)
+        raise ProtocolError("task.malformed", "a message does not say which task it belongs to")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One site's request, as its handler sees it."""
+
+    id: TaskId
+    arrays: Mapping[str, Array]
+    seed: tuple[int, ...]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def shuffler(self) -> np.random.Generator:
+        """Randomness for shuffling rows: a function of (plan seed, site, round) alone, so that
+        every transport gives the same bits. Never for keys, masks or privacy noise."""
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed)))
+
+
+Reply = Mapping[str, Any]
+"""What a handler returns: one value per declared field (arrays, or scalars)."""
+
+
+def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, NDArray[Any]]:
+    """A handler's reply as arrays of exactly the declared fields, dtypes and shapes.
+
+    Raises ProtocolError for missing or additional fields, wrong shapes, and reals given
+    where counts are declared.
+    """
+    if set(reply) != set(fields):
+        odd = sorted(set(reply) ^ set(fields))
+        raise ProtocolError("reply.fields", "a handler's reply has other fields than declared", field=", ".join(odd))
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, declared in fields.items():
+        value = np.asarray(reply[name])
+        if value.dtype.kind == "f" and np.dtype(declared.dtype).kind in "iu":
+            raise ProtocolError("reply.dtype", "a handler gave reals where counts are declared", field=name)
+        array = np.ascontiguousarray(value, dtype=declared.dtype).reshape(value.shape)
+        declared.check(name, ArraySpec(name, declared.dtype, array.shape))
+        arrays[name] = array
+    return arrays

@@ -1,0 +1,286 @@
+"""The federation's own certificate authority, join tokens and certificates (X.509, RFC 5280).
+
+TLS keys are ECDSA P-256 (what every TLS stack accepts); a party's name stands in the
+subject alternative name as the URI ``atoll://site/NAME`` or ``atoll://coordinator``.
+Certificates are short-lived and start two hours early, so that a clock an hour off is
+harmless.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from atoll.contract.errors import IntegrityError
+from atoll.crypto.identity import check_private, write_private
+
+SITE_LIFETIME = dt.timedelta(days=7)
+CA_LIFETIME = dt.timedelta(days=3650)
+EARLY = dt.timedelta(hours=2)
+NAME = re.compile(r"^[a-z0-9][a-z0-9_.-]{0,62}$")
+
+
+def check_name(name: str) -> str:
+    """*name* if it can name a site, else IntegrityError."""
+    if not NAME.match(name) or name == "coordinator":
+        raise IntegrityError(
+            "name.malformed",
+            "a site's name must be 1–63 of a-z 0-9 _ . - and not 'coordinator'",
+            field="name",
+            remedy="choose another name",
+        )
+    return name
+
+
+def now() -> dt.datetime:
+    """The current time, UTC."""
+    return dt.datetime.now(dt.UTC)
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A fresh P-256 key."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """PKCS #8 PEM without passphrase."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def make_csr(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
+    """A certificate signing request (PEM); the key itself never leaves the site."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(subject)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+
+
+def cert_fingerprint(certificate: x509.Certificate) -> str:
+    """SHA-256 of the DER certificate, hex."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def site_name(certificate: x509.Certificate) -> str:
+    """The site a certificate was issued to; raises IntegrityError when it is not a site's."""
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    for uri in names.get_values_for_type(x509.UniformResourceIdentifier):
+        if uri.startswith("atoll://site/"):
+            return uri.removeprefix("atoll://site/")
+    raise IntegrityError("certificate.not-a-site", "the certificate was not issued to a site")
+
+
+class CertificateAuthority:
+    """The coordinator's CA: issues its own server certificate and the sites' client certificates."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._key = key
+        self.certificate = certificate
+        self.pem = certificate.public_bytes(Encoding.PEM)
+
+    @staticmethod
+    def create(federation: str) -> CertificateAuthority:
+        """A new self-signed CA, valid ten years, allowed to issue end-entity certificates only."""
+        key = new_key()
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{federation} Atoll CA")])
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now() - EARLY)
+            .not_valid_after(now() + CA_LIFETIME)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+            .add_extension(_usage(sign_certificates=True), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .sign(key, hashes.SHA256())
+        )
+        return CertificateAuthority(key, certificate)
+
+    @staticmethod
+    def load(folder: Path) -> CertificateAuthority:
+        """Read ca.key (0600) and ca.pem from *folder*."""
+        key = load_pem_private_key(check_private(folder / "ca.key"), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise IntegrityError("key.type", "ca.key is not a P-256 key", field="ca.key")
+        return CertificateAuthority(key, x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()))
+
+    def save(self, folder: Path) -> None:
+        """Write ca.key (0600) and ca.pem into *folder*."""
+        write_private(folder / "ca.key", key_pem(self._key))
+        (folder / "ca.pem").write_bytes(self.pem)
+
+    def issue_site(self, csr_pem: bytes, name: str, lifetime: dt.timedelta = SITE_LIFETIME) -> bytes:
+        """A client certificate (PEM) for site *name* from its CSR.
+
+        Raises IntegrityError when the CSR is malformed, not self-signed, or for another name.
+        """
+        try:
+            csr = x509.load_pem_x509_csr(csr_pem)
+            valid = csr.is_signature_valid and isinstance(csr.public_key(), ec.EllipticCurvePublicKey)
+            common = csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        except ValueError:
+            valid, common = False, []
+        if not valid or len(common) != 1 or common[0].value != check_name(name):
+            raise IntegrityError("csr.wrong", "the signing request is malformed or for another name", field="csr")
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"atoll://site/{name}")]
+        return self._issue(csr.public_key(), name, names, ExtendedKeyUsageOID.CLIENT_AUTH, lifetime)
+
+    def issue_server(self, hosts: Sequence[str], lifetime: dt.timedelta = SITE_LIFETIME) -> tuple[bytes, bytes]:
+        """The coordinator's TLS key and certificate (PEM, PEM) for *hosts* (names or addresses)."""
+        key = new_key()
+        names: list[x509.GeneralName] = [x509.UniformResourceIdentifier("atoll://coordinator")]
+        for host in hosts:
+            try:
+                names.append(x509.IPAddress(ip_address(host)))
+            except ValueError:
+                names.append(x509.DNSName(host))
+        pem = self._issue(key.public_key(), "coordinator", names, ExtendedKeyUsageOID.SERVER_AUTH, lifetime)
+        return key_pem(key), pem
+
+    def _issue(
+        self,
+        public: object,
+        common_name: str,
+        names: list[x509.GeneralName],
+        purpose: x509.ObjectIdentifier,
+        lifetime: dt.timedelta,
+    ) -> bytes:
+        assert isinstance(public, ec.EllipticCurvePublicKey)  # callers made or checked it
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
+            .issuer_name(self.certificate.subject)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now() - EARLY)
+            .not_valid_after(now() + lifetime)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(sign_certificates=False), critical=True)
+            .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+        return certificate.public_bytes(Encoding.PEM)
+
+
+def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=sign_certificates,
+        crl_sign=sign_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def needs_renewal(certificate_pem: bytes, at: dt.datetime | None = None) -> bool:
+    """True once less than a third of the certificate's lifetime is left."""
+    certificate = x509.load_pem_x509_certificate(certificate_pem)
+    start, end = certificate.not_valid_before_utc + EARLY, certificate.not_valid_after_utc
+    return (at or now()) > end - (end - start) / 3
+
+
+# ---------------------------------------------------------------- join tokens
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """A one-time, expiring invitation.
+
+    It carries the CA certificate (and so its fingerprint), which the site trusts from then on,
+    where to enrol, the site's name and a 256-bit secret, of which the coordinator keeps only
+    the SHA-256.
+    """
+
+    site: str
+    address: str
+    ca_pem: bytes
+    expires: int
+    secret: str
+
+    PREFIX = "atoll-join-1."
+
+    @staticmethod
+    def create(site: str, address: str, ca: CertificateAuthority, lifetime: dt.timedelta) -> JoinToken:
+        """A token for *site*; *address* is host:port of the enrolment service."""
+        expires = int((now() + lifetime).timestamp())
+        return JoinToken(check_name(site), address, ca.pem, expires, secrets.token_urlsafe(32))
+
+    @property
+    def secret_hash(self) -> str:
+        """What the coordinator stores instead of the secret."""
+        return hashlib.sha256(b"atoll join 1\0" + self.secret.encode()).hexdigest()
+
+    @property
+    def ca_fingerprint(self) -> str:
+        """SHA-256 of the CA certificate (hex), to be compared out of band."""
+        return cert_fingerprint(x509.load_pem_x509_certificate(self.ca_pem))
+
+    def encode(self) -> str:
+        """As one line of text."""
+        ca_der = x509.load_pem_x509_certificate(self.ca_pem).public_bytes(Encoding.DER)
+        body = {
+            "site": self.site,
+            "address": self.address,
+            "ca": base64.b64encode(ca_der).decode(),
+            "ca_sha256": self.ca_fingerprint,
+            "expires": self.expires,
+            "secret": self.secret,
+        }
+        return self.PREFIX + base64.urlsafe_b64encode(json.dumps(body).encode()).decode().rstrip("=")
+
+    @staticmethod
+    def decode(text: str) -> JoinToken:
+        """Inverse of :meth:`encode`; raises IntegrityError for anything else or an expired token."""
+        try:
+            head, raw = text.strip()[: len(JoinToken.PREFIX)], text.strip()[len(JoinToken.PREFIX) :]
+            if head != JoinToken.PREFIX:
+                raise ValueError
+            body = json.loads(base64.urlsafe_b64decode(raw + "=" * (-len(raw) % 4)))
+            certificate = x509.load_der_x509_certificate(base64.b64decode(body["ca"], validate=True))
+            if not secrets.compare_digest(cert_fingerprint(certificate), str(body["ca_sha256"])):
+                raise ValueError
+            token = JoinToken(
+                check_name(str(body["site"])),
+                str(body["address"]),
+                certificate.public_bytes(Encoding.PEM),
+                int(body["expires"]),
+                str(body["secret"]),
+            )
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            raise IntegrityError(
+                "token.malformed", "this is not a join token", field="token", remedy="copy the whole line again"
+            ) from None
+        if token.expires + EARLY.total_seconds() < now().timestamp():
+            raise IntegrityError(
+                "token.expired", "the join token has expired", field="token", remedy="ask for a new invitation"
+            )
+        return token

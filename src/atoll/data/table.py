@@ -1,0 +1,86 @@
+"""A site's prepared table in memory: numpy columns under a schema, split into training and held-out rows."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.contract.errors import SchemaError
+from atoll.contract.schema import TableSchema
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length: float64 (NaN = missing) for numbers, str objects (None = missing)
+    for text, datetime64[D] (NaT = missing) for dates; *held_out* marks rows kept for evaluation, [num_rows]."""
+
+    schema: TableSchema
+    columns: dict[str, NDArray[Any]]
+    held_out: NDArray[np.bool_] | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        try:
+            return self.columns[name]
+        except KeyError:
+            near = difflib.get_close_matches(name, self.columns, 1)
+            raise SchemaError(
+                "schema.no-column",
+                f"there is no column {name!r}",
+                field=name,
+                remedy=f"did you mean {near[0]!r}?" if near else "check the plan's column names against the schema",
+            ) from None
+
+    def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
+        """Numeric columns *names* as float64 matrices [≤ size, len(names)], in row order."""
+        columns = [self[name] for name in names]
+        for start in range(0, len(self), size):
+            yield np.column_stack([column[start : start + size] for column in columns])
+
+    def rows(self, mask: NDArray[np.bool_]) -> Table:
+        """The rows where *mask* is True, in order."""
+        held_out = None if self.held_out is None else self.held_out[mask]
+        return Table(self.schema, {name: column[mask] for name, column in self.columns.items()}, held_out)
+
+    def parts(self) -> tuple[Table, Table]:
+        """(training rows, held-out rows)."""
+        held = np.zeros(len(self), bool) if self.held_out is None else self.held_out
+        return self.rows(~held), self.rows(held)
+
+
+def concatenate(tables: Sequence[Table]) -> Table:
+    """The rows of all *tables* (one schema), in order: what a pooled study would see."""
+    names = tables[0].columns
+    held = [np.zeros(len(t), bool) if t.held_out is None else t.held_out for t in tables]
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in names}
+    return Table(tables[0].schema, columns, np.concatenate(held))
+
+
+def hold_out(labels: NDArray[Any] | None, num_rows: int, fraction: float, seed: int, site: str) -> NDArray[np.bool_]:
+    """Which rows to keep for evaluation: *fraction* of each class of *labels*, at random by seed and site.
+
+    Per class, in sorted order (missing last), the class's row numbers in table order are permuted
+    by a Philox generator keyed with SHA-256("atoll split\\0" + seed + "\\0" + site) and the first
+    round(fraction · class size) are held out. labels: [num_rows], or None for no strata.
+    """
+    held = np.zeros(num_rows, bool)
+    if fraction <= 0:
+        return held
+    digest = hashlib.sha256(f"atoll split\0{seed}\0{site}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+    if labels is None:
+        strata = [np.arange(num_rows)]
+    else:
+        _, codes = np.unique(labels, return_inverse=True)
+        strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
+    for rows in strata:
+        held[generator.permutation(rows)[: round(fraction * len(rows))]] = True
+    return held

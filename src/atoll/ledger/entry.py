@@ -1,0 +1,95 @@
+"""Ledger entries: hash-chained, signed records of what happened at one party.
+
+An entry is a JSON object, one line of the ledger file:
+
+    {"v": 1, "seq": n, "time": …, "party": …, "kind": …, "body": {…}, "prev": …, "hash": …, "sig": …}
+
+``hash`` is SHA-256 over the canonical JSON of everything before it, ``prev`` the hash of
+the entry before, ``sig`` the party's Ed25519 signature over the hash. An entry may carry
+``leaves``: data bound by ``body.root``, a Merkle root, instead of by the hash itself.
+
+The first entry has kind "genesis" and names the party's public key. A site's "release"
+entry is written *before* the release is sent and is also the release's signature; the
+coordinator's "received" entry commits to all release entries of a round; each site
+stores it, with its Merkle path, as its "receipt".
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+from atoll.contract.errors import IntegrityError
+from atoll.contract.wire import Json, canonical_json
+
+Entry = dict[str, Json]
+Signer = Callable[[bytes], bytes]
+Verifier = Callable[[bytes, bytes, bytes], None]
+
+CONTEXT = b"atoll ledger 1\0"
+EMPTY = "0" * 64
+_HASHED = ("v", "seq", "time", "party", "kind", "body", "prev")
+
+
+def entry_hash(entry: Entry) -> str:
+    """SHA-256 (hex) of the hashed members; raises IntegrityError if one is missing."""
+    try:
+        return hashlib.sha256(CONTEXT + canonical_json({k: entry[k] for k in _HASHED})).hexdigest()
+    except (KeyError, ValueError, TypeError):
+        raise IntegrityError("ledger.malformed", "a ledger entry lacks a member", field="ledger") from None
+
+
+def signed_part(digest: str) -> bytes:
+    """The bytes a signature covers."""
+    return CONTEXT + bytes.fromhex(digest)
+
+
+def verify_entry(entry: Entry, public: bytes, verify: Verifier) -> str:
+    """The entry's hash, after checking it and *public*'s signature; raises IntegrityError."""
+    digest = entry_hash(entry)
+    if entry.get("hash") != digest:
+        raise IntegrityError("ledger.hash", "a ledger entry's hash is not that of its content", field="hash")
+    try:
+        signature = bytes.fromhex(str(entry["sig"]))
+    except (KeyError, ValueError):
+        raise IntegrityError("ledger.signature", "a ledger entry is not signed", field="sig") from None
+    verify(public, signature, signed_part(digest))
+    return digest
+
+
+class Chain:
+    """Makes the next entry of one party's ledger. Holds only the head; storing is the caller's.
+
+    ``head`` moves only in :meth:`commit`, after the caller has stored the entry durably.
+    """
+
+    def __init__(self, party: str, public: bytes, sign: Signer, seq: int = -1, head: str = EMPTY) -> None:
+        self.party, self.public, self._sign = party, public, sign
+        self.seq, self.head = seq, head
+
+    def next(self, kind: str, body: Entry, leaves: Json = None) -> Entry:
+        """A signed entry that would follow the head."""
+        entry: dict[str, Any] = {
+            "v": 1,
+            "seq": self.seq + 1,
+            "time": dt.datetime.now(dt.UTC).isoformat(timespec="microseconds"),
+            "party": self.party,
+            "kind": kind,
+            "body": body,
+            "prev": self.head,
+        }
+        entry["hash"] = entry_hash(entry)
+        entry["sig"] = self._sign(signed_part(entry["hash"])).hex()
+        if leaves is not None:
+            entry["leaves"] = leaves
+        return entry
+
+    def genesis(self) -> Entry:
+        """The first entry: who this party is."""
+        return self.next("genesis", {"public_key": self.public.hex()})
+
+    def commit(self, entry: Entry) -> None:
+        """Move the head to a stored entry."""
+        self.seq, self.head = entry["seq"], entry["hash"]

@@ -1,0 +1,54 @@
+"""plain: replies are sent as they are and added by the coordinator.
+
+Parties: sites and coordinator. Messages: one reply per site. The coordinator learns
+*every site's reply*, other sites nothing. Threat model: the coordinator is trusted with
+each site's share; the network is not (TLS). Dropout: the sum is that of the survivors.
+Cost: one round trip. It must be written in the plan, and allowed by each site's policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+
+import numpy as np
+
+from atoll.contract.capabilities import Capabilities
+from atoll.contract.protection import Exchange, Replies, register
+from atoll.contract.rounds import Field, Round, Summed
+from atoll.contract.wire import Array
+
+
+def add_up(replies: Replies, fields: Mapping[str, Field]) -> dict[str, Array]:
+    """Σ over sites of every field, in cohort order, so that the bits do not depend on arrival.
+
+    Counts add up in int64, reals in float64. Replies are read piecewise: memory is one
+    total and one piece, however many sites there are.
+    """
+    totals: dict[str, Array] = {}
+    for name, declared in fields.items():
+        wide = np.int64 if np.dtype(declared.dtype).kind in "iu" else np.float64
+        totals[name] = np.zeros([size or 0 for size in declared.shape], wide)
+        flat = totals[name].reshape(-1)
+        for received in replies.values():
+            for offset, piece in received.pieces(name):
+                flat[offset : offset + piece.size] += piece
+    return totals
+
+
+class Plain:
+    """See the module's docstring."""
+
+    name = "plain"
+    capabilities = Capabilities("protection 'plain'", offers=frozenset({"sum", "gather", "stream"}))
+
+    def combine(self, asked: Round, sites: Sequence[str]) -> Generator[Exchange, Replies, Summed]:
+        """One exchange, then a sum in cohort order."""
+        replies = yield Exchange("reply", tuple(sites), asked.reply)
+        return Summed(add_up(replies, asked.reply), tuple(replies))
+
+    def protect(self, step: str, arrays: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
+        """Nothing is hidden from the coordinator."""
+        return arrays
+
+
+register(Plain())

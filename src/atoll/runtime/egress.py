@@ -1,0 +1,120 @@
+"""The egress gate: the only door out of a site.
+
+    check → clip → (noise) → (charge) → protect → journal → message
+
+A handler's reply becomes a release only here: it has exactly the declared fields,
+dtypes and shapes, no NaN or infinity, no group of people smaller than the policy
+allows, nothing beyond its declared bound. Its ledger entry is written durably first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from atoll.contract.errors import DisclosureError, PolicyError, ProtocolError
+from atoll.contract.protection import Protection
+from atoll.contract.rounds import Field, TaskId, as_arrays
+from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
+from atoll.runtime.journal import Journal
+from atoll.runtime.policy import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked, as far as the gate and the ledger care."""
+
+    task: TaskId
+    program: str
+    handler: str
+    fields: Mapping[str, Field]
+    reduce: str
+    plan: str
+    roster: str
+
+
+def body_digest(specs: Json, body_sha256: bytes) -> str:
+    """What a release entry commits to: names, dtypes and shapes, and the SHA-256 of the buffers (hex)."""
+    return hashlib.sha256(b"atoll release 1\0" + canonical_json(specs) + body_sha256).hexdigest()
+
+
+class EgressGate:
+    """One per site. Holds the policy and the journal; nothing else may send."""
+
+    def __init__(self, policy: Policy, journal: Journal) -> None:
+        self._policy, self._journal = policy, journal
+
+    def release(
+        self, asked: Request, reply: Mapping[str, Any], protection: Protection, state: Mapping[str, Array]
+    ) -> Message:
+        """The release message for a handler's *reply*, durably recorded together with *state*.
+
+        Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
+        (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
+        """
+        arrays = as_arrays(reply, asked.fields)
+        self._check(arrays, asked.fields, optional=asked.reduce == "gather")
+        arrays, clipped = _clip(arrays, asked.fields)
+        arrays = protection.protect(asked.task.step, arrays, asked.fields)
+        specs, parts = body_parts(arrays)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        size_bytes = sum(len(part) for part in parts)
+        if size_bytes > self._policy.max_message_bytes:
+            raise PolicyError(
+                "policy.too-large", "the release is larger than the policy allows", field="max_message_bytes",
+                remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
+            )  # fmt: skip
+        body = {
+            **asked.task.to_json(),
+            "program": asked.program,
+            "handler": asked.handler,
+            "reduce": asked.reduce,
+            "protection": protection.name,
+            "plan": asked.plan,
+            "roster": asked.roster,
+            "fields": specs,
+            "bytes": size_bytes,
+            "clipped": clipped,
+            "digest": body_digest(specs, digest.digest()),
+        }
+        return self._journal.store_release(str(asked.task), asked.task.run, asked.program, body, arrays, state)
+
+    def _check(self, arrays: Mapping[str, Array], fields: Mapping[str, Field], *, optional: bool) -> None:
+        """optional: undefined metrics (NaN) may be told; nothing that is to be summed may be NaN."""
+        for name, array in arrays.items():
+            finite = np.isfinite(array)
+            if not (finite | (np.isnan(array) if optional else False)).all():
+                raise ProtocolError(
+                    "reply.not-finite",
+                    "a reply holds NaN or infinity",
+                    field=name,
+                    remedy="look for missing cells, a learning rate that is too high, or an overflow",
+                )
+            if fields[name].group and ((array > 0) & (array < self._policy.min_group_size)).any():
+                raise DisclosureError(
+                    "disclosure.small-group",
+                    f"fewer than {self._policy.min_group_size} people are behind a released count",
+                    field=name,
+                    remedy="use coarser groups or more rows; the site's policy sets min_group_size",
+                )
+
+
+def _clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:
+    """Every element within its declared bound, and how many were not."""
+    clipped = 0
+    bounded: dict[str, Array] = {}
+    for name, array in arrays.items():
+        bound = fields[name].bound
+        if bound is not None and array.dtype.kind in "fi" and array.size:
+            beyond = int((np.abs(array) > bound).sum())
+            if beyond:
+                array = np.clip(array, -bound, bound).astype(array.dtype)
+            clipped += beyond
+        bounded[name] = array
+    return bounded, clipped

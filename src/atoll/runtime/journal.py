@@ -1,0 +1,195 @@
+"""A site's journal: one SQLite file holding ledger, run states and stored releases.
+
+A release, the ledger entry that signs it and the per-run state that led to it are saved
+in one transaction *before* the release is sent: if the journal cannot be written,
+nothing leaves; if the site is killed at any instant, it comes back exactly here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from atoll.contract.errors import IntegrityError
+from atoll.contract.wire import Array, Json, Message, canonical_json, decode, encode, encode_bytes, to_json
+from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
+
+LARGE_BYTES = 4 << 20
+_TABLES = """
+CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, line TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS release (task TEXT PRIMARY KEY, run TEXT NOT NULL, seq INTEGER NOT NULL, message BLOB);
+CREATE TABLE IF NOT EXISTS state (run TEXT, program TEXT, arrays BLOB NOT NULL, PRIMARY KEY (run, program));
+CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, status TEXT NOT NULL, opened BLOB NOT NULL, note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class Journal:
+    """Safe for threads of one process; other processes may read, and write settings."""
+
+    def __init__(self, path: Path | str, party: str, public: bytes, sign: Signer, *, durable: bool = True) -> None:
+        """durable=False skips fsync (for sandboxes whose journal dies with the process)."""
+        self._lock = threading.RLock()
+        self._folder = Path(path).parent
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+        self._db.executescript(_TABLES)
+        last = self._db.execute("SELECT line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+        entry = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}
+        self.chain = Chain(party, public, sign, entry["seq"], entry["hash"])
+        if not last:
+            with self.transaction():
+                self._append(self.chain.genesis())
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing, and durable afterwards; raises IntegrityError when it cannot be written."""
+        with self._lock:
+            seq, head = self.chain.seq, self.chain.head
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                self.chain.seq, self.chain.head = seq, head
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error | OSError):
+                    raise IntegrityError(
+                        "ledger.not-written",
+                        "the journal cannot be written, so nothing leaves the site",
+                        field="journal",
+                        remedy="free disk space at the site and check the journal's permissions",
+                    ) from None
+                raise
+
+    def _append(self, entry: Entry) -> Entry:
+        self._db.execute("INSERT INTO ledger VALUES (?, ?)", (entry["seq"], canonical_json(entry).decode()))
+        self.chain.commit(entry)
+        return entry
+
+    def record(self, kind: str, body: Entry) -> Entry:
+        """Append one signed ledger entry, durably."""
+        with self.transaction():
+            return self._append(self.chain.next(kind, body))
+
+    def entry(self, seq: int) -> Entry:
+        """One entry; raises IntegrityError if there is none."""
+        with self._lock:
+            row = self._db.execute("SELECT line FROM ledger WHERE seq = ?", (seq,)).fetchone()
+        if row is None:
+            raise IntegrityError("ledger.no-entry", f"the ledger has no entry {seq}", field="seq")
+        return dict(json.loads(row[0]))
+
+    def export(self, path: Path) -> None:
+        """Write the ledger as JSON lines."""
+        with self._lock, path.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for (line,) in self._db.execute("SELECT line FROM ledger ORDER BY seq"))
+
+    # -- releases and state
+
+    def release(self, task: str) -> Message | None:
+        """The stored release of *task*, as first made, or None."""
+        with self._lock:
+            row = self._db.execute("SELECT seq, message FROM release WHERE task = ?", (task,)).fetchone()
+        if row is None:
+            return None
+        if row[1] is None:
+            raise IntegrityError("release.acknowledged", "the release was acknowledged and is no longer kept")
+        return decode(row[1] or self._large(row[0]).read_bytes())
+
+    def _large(self, seq: int) -> Path:
+        """Where a release too large for the database is kept."""
+        return self._folder / f"release-{seq}.bin"
+
+    def _keep(self, seq: int, message: Message) -> bytes:
+        """The message as the database's blob; a large one goes to a file instead, without another copy."""
+        parts = encode(message)
+        if sum(len(part) for part in parts) <= LARGE_BYTES:
+            return b"".join(parts)
+        descriptor = os.open(self._large(seq), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            for part in parts:
+                file.write(part)
+            os.fsync(descriptor)
+        return b""
+
+    def store_release(
+        self, task: str, run: str, program: str, body: Entry, arrays: dict[str, Array], state: Mapping[str, Array]
+    ) -> Message:
+        """Ledger entry, release and state, in one transaction; returns the message that may now leave."""
+        with self.transaction():
+            entry = self._append(self.chain.next("release", body))
+            message = Message("release", {"re": task, "entry": entry}, arrays)
+            kept = self._keep(entry["seq"], message)
+            self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?)", (task, run, entry["seq"], kept))
+            if state:
+                stored = encode_bytes(Message("state", {}, dict(state)))
+                self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
+        return message
+
+    def acknowledge(self, seq: int, receipt: Json) -> None:
+        """Store a verified receipt for the release entry *seq* and forget the release's content."""
+        with self.transaction():
+            kept = self._db.execute("UPDATE release SET message = NULL WHERE seq = ? AND message NOT NULL", (seq,))
+            if kept.rowcount:
+                self._large(seq).unlink(missing_ok=True)
+                self._append(self.chain.next("receipt", {"of": seq, "receipt": receipt}))
+
+    def unacknowledged(self, run: str) -> list[int]:
+        """Release entries of *run* whose receipt has not come."""
+        with self._lock:
+            rows = self._db.execute("SELECT seq FROM release WHERE run = ? AND message NOT NULL ORDER BY seq", (run,))
+            return [seq for (seq,) in rows]
+
+    def state(self, run: str, program: str) -> dict[str, Array]:
+        """The program's saved per-run state, empty at first."""
+        with self._lock:
+            row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
+        return decode(row[0]).arrays if row else {}
+
+    # -- runs and settings
+
+    def open_run(self, run: str, status: str, opened: Mapping[str, Json]) -> None:
+        """Remember a run as announced, unless it is known."""
+        with self.transaction():
+            self._db.execute("INSERT OR IGNORE INTO run VALUES (?, ?, ?, '')", (run, status, to_json(dict(opened))))
+
+    def set_status(self, run: str, status: str, note: str = "") -> None:
+        """Change a run's status; *note* is for the site's own operator."""
+        with self.transaction():
+            self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
+
+    def run(self, run: str) -> tuple[str, dict[str, Json], str] | None:
+        """(status, what was announced, note), or None if unknown."""
+        with self._lock:
+            row = self._db.execute("SELECT status, opened, note FROM run WHERE run = ?", (run,)).fetchone()
+        return (row[0], json.loads(row[1]), row[2]) if row else None
+
+    def runs(self) -> list[tuple[str, str, dict[str, Json], str]]:
+        """All runs: (run, status, what was announced, note), oldest first."""
+        with self._lock:
+            rows = self._db.execute("SELECT run, status, opened, note FROM run ORDER BY rowid").fetchall()
+        return [(run, status, json.loads(opened), note) for run, status, opened, note in rows]
+
+    def setting(self, name: str) -> str:
+        """A stored setting, "" if never set."""
+        with self._lock:
+            row = self._db.execute("SELECT value FROM setting WHERE name = ?", (name,)).fetchone()
+        return str(row[0]) if row else ""
+
+    def set_setting(self, name: str, value: str) -> None:
+        """Store a setting."""
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (name, value))
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()

@@ -1,0 +1,80 @@
+"""A site's policy: a file the *site* owns and enforces; the coordinator cannot lift it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoll.contract.errors import AtollError, PolicyError, refuse_all
+from atoll.contract.plan import Plan, read_yaml, validate
+
+Shareable = Literal["rows", "metrics"]
+
+
+class Policy(BaseModel):
+    """What a site lets happen to its data. The defaults allow as little as is useful.
+
+    programs: names that may run here, optionally ``name@version``; ``*`` matches any text.
+    purposes: values of the plan's *purpose*. protections: how a Sum may be made; ``plain``
+    lets the coordinator see this site's own share and must be written to be allowed.
+    min_group_size: fewest people behind any released count of people.
+    min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
+    share: own values that may leave un-summed. approval: "manual" asks the operator
+    about every study and every change of the roster. max_message_bytes: larger tasks and
+    releases are refused. modules: further Python modules whose programs may be loaded.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    programs: tuple[str, ...] = ("statistics.*", "horizontal.*")
+    purposes: tuple[str, ...] = ("research",)
+    protections: tuple[str, ...] = ("secagg", "paillier", "ckks")
+    min_group_size: int = Field(default=5, ge=1)
+    min_sites: int = Field(default=3, ge=1)
+    share: tuple[Shareable, ...] = ()
+    approval: Literal["manual", "automatic"] = "manual"
+    max_message_bytes: int = Field(default=2 << 30, gt=0)
+    modules: tuple[str, ...] = ()
+
+    @staticmethod
+    def load(path: Path) -> Policy:
+        """Read a policy file; raises PlanError listing unknown keys and wrong values."""
+        return validate(Policy, read_yaml(path, "policy"), "policy")
+
+    @staticmethod
+    def sandbox() -> Policy:
+        """For trials on one's own data in one's own process: everything is allowed."""
+        return Policy(
+            programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
+            share=("rows", "metrics"), approval="automatic",
+        )  # fmt: skip
+
+    def check_plan(self, plan: Plan, cohort: Mapping[str, str]) -> None:
+        """Raise PolicyError listing everything in *plan* that this policy forbids; cohort: site → key."""
+        problems: list[AtollError] = []
+        if not self._allows(self.purposes, plan.purpose):
+            problems.append(_refused("policy.purpose", f"purpose {plan.purpose!r} is not allowed", "purposes"))
+        if not self._allows(self.protections, plan.protection):
+            problems.append(
+                _refused("policy.protection", f"protection {plan.protection!r} is not allowed", "protections")
+            )
+        if len(cohort) < self.min_sites:
+            problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
+        refuse_all(PolicyError, "policy.refused", problems)
+
+    def check_program(self, name: str, version: str) -> None:
+        """Raise PolicyError unless program *name* in *version* may run here."""
+        if not (self._allows(self.programs, name) or self._allows(self.programs, f"{name}@{version}")):
+            raise _refused("policy.program", f"program {name}@{version} is not allowed", "programs")
+
+    @staticmethod
+    def _allows(patterns: tuple[str, ...], name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _refused(code: str, message: str, key: str) -> PolicyError:
+    return PolicyError(code, message, field=key, remedy=f"the site's operator decides: policy.yaml, {key!r}")

@@ -1,0 +1,262 @@
+"""A site's runtime: answers the coordinator's requests, by policy, through the egress gate.
+
+Requests: "open" (a study is announced), "task" (run an installed handler), "close".
+Whatever goes wrong, one coded failure leaves; the message and the traceback stay here,
+in the journal's note and the site's log, under the run's trace id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
+from atoll.contract.plan import Plan
+from atoll.contract.program import build, handler_of
+from atoll.contract.protection import find
+from atoll.contract.rounds import Field, Task, TaskId
+from atoll.contract.wire import Array, Json, Message, canonical_json
+from atoll.crypto.identity import Identity, verify
+from atoll.data.recipe import Prepared
+from atoll.data.table import Table, hold_out
+from atoll.ledger.verify import verify_receipt
+from atoll.runtime.egress import EgressGate, Request
+from atoll.runtime.journal import Journal
+from atoll.runtime.policy import Policy
+from atoll.runtime.study import check_plan
+
+log = logging.getLogger("atoll.site")
+Progress = Callable[[Mapping[str, Json]], None]
+
+
+def roster_hash(roster: Mapping[str, str]) -> str:
+    """The identity of a set of identities: SHA-256 over {site: public key (hex)}."""
+    return hashlib.sha256(b"atoll roster 1\0" + canonical_json(dict(roster))).hexdigest()
+
+
+class _View:
+    """What one handler call may touch (see :class:`atoll.contract.program.SiteView`)."""
+
+    def __init__(
+        self, name: str, tables: tuple[Table, Table], state: dict[str, Array], tell: Callable[[float, float], None],
+        share: tuple[str, ...],
+    ) -> None:  # fmt: skip
+        self.name, (self.table, self.holdout), self.state = name, tables, state
+        self._tell, self._share = tell, share
+
+    def progress(self, done: float, total: float) -> None:
+        self._tell(done, total)
+
+    def shares(self, what: str) -> bool:
+        return what in self._share
+
+
+class Site:
+    """One data owner. :meth:`handle` is the endpoint that every transport calls."""
+
+    def __init__(
+        self, identity: Identity, journal: Journal, policy: Policy, data: Callable[[Plan], Table],
+        coordinator_public: bytes,
+    ) -> None:  # fmt: skip
+        """data: reads and checks the site's own table for a plan. coordinator_public: pinned at enrolment."""
+        self.name = identity.name
+        self._journal, self._policy, self._data = journal, policy, data
+        self._coordinator = coordinator_public
+        self._gate = EgressGate(policy, journal)
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+        self._tables: dict[str, Table] = {}
+        self._views: dict[tuple[str, str], tuple[Table, Table]] = {}
+
+    def handle(self, message: Message, progress: Progress) -> Message:
+        """Answer one request; never raises. Repeating a request repeats the answer."""
+        meta = message.meta
+        where = {"site": self.name, "round": meta.get("round"), "step": meta.get("name"), "trace": meta.get("run")}
+        answers = {"open": self._open, "task": self._task, "close": self._close}
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                reply = answers[message.kind](message, progress)
+        except AtollError as error:
+            failure = error.at(**where)
+        except MemoryError:
+            failure = ProtocolError("site.out-of-memory", "not enough memory at the site").at(**where)
+        except Exception:
+            log.error("%s: unexpected error in run %s\n%s", self.name, meta.get("run"), traceback.format_exc())
+            failure = ProtocolError(
+                "site.internal", "unexpected error", remedy="the site's own log has the details under the trace id"
+            ).at(**where)
+        else:
+            return reply
+        log.warning("%s", failure)
+        self._note(str(meta.get("run", "")), str(failure))
+        return Message("failure", {"re": meta.get("id"), **failure.public(), **where})
+
+    def _note(self, run: str, text: str) -> None:
+        """Best effort: the failure must be told even when the journal cannot be written."""
+        try:
+            known = self._journal.run(run)
+            if known is not None:
+                self._journal.set_status(run, known[0], text)
+        except AtollError as error:
+            log.error("%s", error)
+
+    # ---------------------------------------------------------------- open
+
+    def _open(self, message: Message, progress: Progress) -> Message:
+        run, plan = str(message.meta["run"]), Plan.from_json(message.meta["plan"])
+        roster = {str(site): str(key) for site, key in message.meta["roster"].items()}
+        program = check_plan(plan)
+        self._policy.check_plan(plan, roster)
+        self._policy.check_program(program.name, program.version)
+        if roster.get(self.name) != self._journal.chain.public.hex():
+            raise IntegrityError(
+                "roster.not-me", "the roster holds another key under this site's name", field="roster",
+                remedy="tell the coordinator's operator: this site's identity was replaced",
+            )  # fmt: skip
+        announced = {"plan": plan.to_json(), "hash": plan.hash, "roster": roster, "roster_hash": roster_hash(roster)}
+        known = self._journal.run(run)
+        if known is None:
+            self._journal.open_run(run, "pending", announced)
+        elif known[1] != announced:
+            raise ProtocolError("run.changed", "the run was announced before with another plan or roster")
+        self._await_approval(run, announced["roster_hash"], progress)
+        rows = len(self._prepared(run, plan, {})[0]) if "rows" in self._policy.share else None
+        self._prepared(run, plan, {})
+        if (known := self._journal.run(run)) and known[0] == "approved":
+            self._journal.record(
+                "joined",
+                {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
+                 "protection": plan.protection, "roster": announced["roster_hash"]},
+            )  # fmt: skip
+            self._journal.set_status(run, "running")
+        return Message("opened", {"re": message.meta["id"], "rows": rows})
+
+    def _await_approval(self, run: str, roster: str, progress: Progress) -> None:
+        """Return once the operator (or an automatic policy) approved roster and study; raise when denied."""
+        told = 0.0
+        while True:
+            status = (self._journal.run(run) or ("unknown",))[0]
+            if status in ("approved", "running"):
+                return
+            if status != "pending":
+                raise PolicyError(
+                    "policy.denied", "the site's operator did not approve the study", field="approval",
+                    remedy="talk to the site's operator",
+                )  # fmt: skip
+            automatic = self._policy.approval == "automatic"
+            if automatic or self._journal.setting(f"approved {run}") == roster:
+                self._journal.set_status(run, "approved")
+            elif time.monotonic() - told > 1:
+                progress({"waiting": "approval by the site's operator"})
+                told = time.monotonic()
+            else:
+                time.sleep(0.1)
+
+    # ---------------------------------------------------------------- tasks
+
+    def _task(self, message: Message, progress: Progress) -> Message:
+        meta, task = message.meta, TaskId.from_json(message.meta)
+        if task.site != self.name:
+            raise ProtocolError("task.misdirected", "the task is for another site", field="site")
+        known = self._journal.run(task.run)
+        if known is None or known[0] != "running":
+            raise ProtocolError(
+                "run.not-open", f"the run is {known[0] if known else 'unknown'} at this site", field="run",
+                remedy="the run was cancelled or never opened here: start a new one",
+            )  # fmt: skip
+        plan = Plan.from_json(known[1]["plan"])
+        for receipt in meta.get("receipts", []):
+            self._acknowledge(receipt)
+        with self._lock(task.run):
+            stored = self._journal.release(str(task))
+            if stored is not None:
+                return Message(stored.kind, {**stored.meta, "re": meta["id"]}, stored.arrays)
+            program = build(str(meta["program"]), meta["params"])
+            self._policy.check_program(program.name, program.version)
+            if program.version != meta["version"]:
+                raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
+            protection = find(plan.protection if meta["reduce"] == "sum" else "plain")
+            fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
+            state = self._journal.state(task.run, program.name)
+            before = dict(state)
+            view = _View(
+                self.name, self._prepared(task.run, plan, meta["view"]), state,
+                lambda done, total: self._tell(task.run, progress, done, total), self._policy.share,
+            )  # fmt: skip
+            seed = hashlib.sha256(f"atoll shuffle\0{plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
+            words = tuple(np.frombuffer(seed, "<u4").tolist())
+            handler = handler_of(program, str(meta["name"]))
+            reply = handler(program, view, Task(task, message.arrays, words))
+            self._tell(task.run, progress, 1, 1)
+            asked = Request(
+                task, program.name, str(meta["name"]), fields, str(meta["reduce"]), known[1]["hash"],
+                known[1]["roster_hash"],
+            )  # fmt: skip
+            release = self._gate.release(asked, reply, protection, state if state != before else {})
+        return Message(release.kind, {**release.meta, "re": meta["id"]}, release.arrays)
+
+    def _tell(self, run: str, progress: Progress, done: float, total: float) -> None:
+        known = self._journal.run(run)
+        if known is None or known[0] != "running":
+            raise ProtocolError("run.cancelled", "the run was closed while the site was computing", field="run")
+        progress({"done": done, "total": total})
+
+    def _lock(self, run: str) -> threading.Lock:
+        with self._guard:
+            return self._locks.setdefault(run, threading.Lock())
+
+    def _prepared(self, run: str, plan: Plan, view: Mapping[str, Any]) -> tuple[Table, Table]:
+        """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
+        key = (run, hashlib.sha256(canonical_json(dict(view))).hexdigest())
+        with self._guard:
+            if key not in self._views:
+                if run not in self._tables:
+                    self._tables[run] = with_hold_out(self._data(plan), plan, self.name)
+                self._views[key] = Prepared(plan.recipe).apply(self._tables[run], view).parts()
+            return self._views[key]
+
+    # ---------------------------------------------------------------- close
+
+    def _acknowledge(self, receipt: Json) -> None:
+        """Verify and store one receipt {"of", "entry", "path"} from the coordinator."""
+        released = self._journal.entry(int(receipt["of"]))
+        verify_receipt(receipt, released["hash"], self._coordinator, verify)
+        self._journal.acknowledge(int(receipt["of"]), receipt)
+
+    def _close(self, message: Message, progress: Progress) -> Message:
+        meta, run = message.meta, str(message.meta["run"])
+        for receipt in meta.get("receipts", []):
+            self._acknowledge(receipt)
+        known = self._journal.run(run)
+        if known is not None and known[0] in ("pending", "approved", "running"):
+            status = str(meta["status"])[:40]
+            reason = AtollError.from_public(meta["error"]) if meta.get("error") else None
+            self._journal.record("closed", {"run": run, "status": status, "error": meta.get("error")})
+            self._journal.set_status(run, status, str(reason) if reason else known[2])
+        with self._guard:
+            self._tables.pop(run, None)
+            self._views = {key: value for key, value in self._views.items() if key[0] != run}
+        return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
+
+
+def with_hold_out(table: Table, plan: Plan, site: str) -> Table:
+    """*table* with the rows marked that the plan keeps for evaluation (unless already marked).
+
+    Strata are the classes of the program's target, where it is a code list that the recipe's
+    steps before any fitting already yield.
+    """
+    if table.held_out is not None:
+        return table
+    ready = Prepared(plan.recipe).apply(table, {})
+    target = str(plan.params.get("target", ""))
+    column = ready.schema.columns.get(target)
+    labels = ready[target] if column is not None and column.values is not None else None
+    held = hold_out(labels, len(table), plan.run.holdout, plan.run.seed, site)
+    return Table(table.schema, table.columns, held)

@@ -1,0 +1,311 @@
+"""The coordinator's run store: runs, finished reductions, metrics, enrolments and its ledger.
+
+SQLAlchemy Core: SQLite by default, PostgreSQL by URL. A finished round and the ledger
+entry that acknowledges its releases are stored in one transaction. Other processes of
+the coordinator's operator (`submit`, `cancel`, `revoke` …) write requests here, which the
+running coordinator picks up.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from atoll.contract.errors import IntegrityError, PlanError
+from atoll.contract.plan import Plan
+from atoll.contract.wire import Array, Json, Message, canonical_json, decode, encode, to_json
+from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
+
+PART_BYTES = 16 << 20
+_meta = sa.MetaData()
+RUNS = sa.Table(
+    "runs", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("created", sa.String(40), nullable=False),
+    sa.Column("status", sa.String(40), nullable=False), sa.Column("name", sa.String(64), nullable=False),
+    sa.Column("plan", sa.Text, nullable=False), sa.Column("plan_hash", sa.String(64), nullable=False),
+    sa.Column("sites", sa.Text, nullable=False), sa.Column("cancel", sa.Boolean, nullable=False),
+    sa.Column("note", sa.Text, nullable=False), sa.Column("result", sa.Text),
+)  # fmt: skip
+ROUNDS = sa.Table(
+    "rounds", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("stage", sa.String(40), nullable=False), sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("seconds", sa.Float, nullable=False), sa.Column("receipts", sa.Text, nullable=False),
+)  # fmt: skip
+BLOBS = sa.Table(
+    "blobs", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("name", sa.String(40), primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True), sa.Column("data", sa.LargeBinary, nullable=False),
+)  # fmt: skip
+METRICS = sa.Table(
+    "metrics", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("step", sa.Integer, primary_key=True),
+    sa.Column("name", sa.String(100), primary_key=True), sa.Column("value", sa.Float, nullable=False),
+)  # fmt: skip
+LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True), sa.Column("line", sa.Text))
+SITES = sa.Table(
+    "sites", _meta,
+    sa.Column("site", sa.String(64), primary_key=True), sa.Column("public_key", sa.String(64), nullable=False),
+    sa.Column("token_hash", sa.String(64), nullable=False), sa.Column("token_expires", sa.Integer, nullable=False),
+    sa.Column("revoked", sa.Boolean, nullable=False), sa.Column("seen", sa.String(40), nullable=False),
+)  # fmt: skip
+
+
+def _now() -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+
+
+class RunStore:
+    """All methods are short transactions; safe for threads."""
+
+    def __init__(self, url: str) -> None:
+        """url: an SQLAlchemy URL (``sqlite:///…`` or ``postgresql+psycopg://…``)."""
+        try:
+            self._engine = sa.create_engine(url)
+        except ModuleNotFoundError as error:
+            raise PlanError(
+                "store.driver", f"the store needs {error.name}", field="store", remedy="pip install 'atoll[postgres]'"
+            ) from None
+        if self._engine.dialect.name == "sqlite":
+            sa.event.listen(self._engine, "connect", _sqlite_settings)
+        _meta.create_all(self._engine)
+        if self._engine.dialect.name == "sqlite" and (file := self._engine.url.database) and file != ":memory:":
+            Path(file).chmod(0o600)
+
+    @contextmanager
+    def _begin(self) -> Iterator[Connection]:
+        with self._engine.begin() as connection:
+            yield connection
+
+    # -- runs
+
+    def create_run(self, plan: Plan, sites: Sequence[str]) -> str:
+        """Store a submitted run; returns its random 128-bit id (hex)."""
+        run = secrets.token_hex(16)
+        with self._begin() as db:
+            db.execute(
+                RUNS.insert().values(
+                    run=run, created=_now(), status="submitted", name=plan.name, plan=to_json(plan.to_json()).decode(),
+                    plan_hash=plan.hash, sites=json.dumps(list(sites)), cancel=False, note="", result=None,
+                )
+            )  # fmt: skip
+        return run
+
+    def run(self, run: str) -> dict[str, Any]:
+        """A run's row as a dict (plan and sites parsed); raises PlanError if there is none."""
+        with self._begin() as db:
+            row = db.execute(RUNS.select().where(RUNS.c.run == run)).mappings().first()
+        if row is None:
+            raise PlanError("run.unknown", "there is no such run", field="run", remedy="`atoll coordinator status`")
+        return {**row, "plan": Plan.from_json(json.loads(row["plan"])), "sites": tuple(json.loads(row["sites"]))}
+
+    def runs(self, *statuses: str) -> list[dict[str, Any]]:
+        """Rows of all runs (or those with one of *statuses*), oldest first, without plans and results."""
+        columns = [column for column in RUNS.c if column.name not in ("plan", "result")]
+        query = sa.select(*columns).order_by(RUNS.c.created, RUNS.c.run)
+        if statuses:
+            query = query.where(RUNS.c.status.in_(statuses))
+        with self._begin() as db:
+            return [dict(row) for row in db.execute(query).mappings()]
+
+    def set_status(self, run: str, status: str, note: str = "") -> None:
+        """Change a run's status; *note* is what the operator reads."""
+        with self._begin() as db:
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note))
+
+    def request_cancel(self, run: str) -> None:
+        """Ask the running coordinator to cancel; raises PlanError if there is no such run."""
+        with self._begin() as db:
+            if db.execute(RUNS.update().where(RUNS.c.run == run).values(cancel=True)).rowcount != 1:
+                raise PlanError("run.unknown", "there is no such run", field="run", remedy="`atoll coordinator status`")
+
+    def finish(self, run: str, status: str, note: str, result: Mapping[str, Json], arrays: Mapping[str, Array]) -> None:
+        """Store a finished run's result and model."""
+        with self._begin() as db:
+            self._write_blob(db, run, "model", Message("model", {}, dict(arrays)))
+            text = json.dumps(result)
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note, result=text))
+
+    def result(self, run: str) -> tuple[dict[str, Json], dict[str, Array]]:
+        """A finished run's (result, model arrays); raises PlanError if it has none."""
+        with self._begin() as db:
+            text = db.execute(sa.select(RUNS.c.result).where(RUNS.c.run == run)).scalar()
+            model = self._read_blob(db, run, "model")
+        if text is None or model is None:
+            raise PlanError("run.no-result", "the run has no result", field="run", remedy="wait until it is finished")
+        return json.loads(text), model.arrays
+
+    # -- rounds
+
+    def finish_round(
+        self, run: str, number: int, stage: str, name: str, seconds: float, reduced: Message,
+        entries: Sequence[Entry], receipts: Json,
+    ) -> None:  # fmt: skip
+        """Store a reduction, the ledger entries acknowledging it, and the receipts owed to sites; all or nothing."""
+        with self._begin() as db:
+            self._write_blob(db, run, f"round {number}", reduced)
+            row = {"run": run, "number": number, "stage": stage, "name": name, "seconds": seconds}
+            db.execute(ROUNDS.insert().values(receipts=json.dumps(receipts), **row))
+            for entry in entries:
+                db.execute(LEDGER.insert().values(seq=entry["seq"], line=canonical_json(entry).decode()))
+
+    def reduced(self, run: str, number: int) -> Message | None:
+        """The stored reduction of a round, or None."""
+        with self._begin() as db:
+            return self._read_blob(db, run, f"round {number}")
+
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        """Finished rounds, in order."""
+        with self._begin() as db:
+            rows = db.execute(ROUNDS.select().where(ROUNDS.c.run == run).order_by(ROUNDS.c.number)).mappings()
+            return [{**row, "receipts": json.loads(row["receipts"])} for row in rows]
+
+    def save_checkpoint(self, run: str, number: int, stage: str, state: Mapping[str, Array]) -> None:
+        """Store a program's state before round *number* and forget reductions of earlier rounds of *stage*."""
+        with self._begin() as db:
+            self._write_blob(db, run, "checkpoint", Message("checkpoint", {"number": number}, dict(state)))
+            old = sa.select(ROUNDS.c.number).where(
+                ROUNDS.c.run == run, ROUNDS.c.stage == stage, ROUNDS.c.number < number
+            )
+            names = [f"round {n}" for (n,) in db.execute(old)]
+            db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name.in_(names)))
+
+    def checkpoint(self, run: str) -> tuple[int, dict[str, Array]] | None:
+        """(round number, state) of the last checkpoint, or None."""
+        with self._begin() as db:
+            stored = self._read_blob(db, run, "checkpoint")
+        return (int(stored.meta["number"]), stored.arrays) if stored else None
+
+    def _write_blob(self, db: Connection, run: str, name: str, message: Message) -> None:
+        db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name == name))
+        part = 0
+        for buffer in encode(message):
+            for start in range(0, len(buffer), PART_BYTES):
+                data = bytes(buffer[start : start + PART_BYTES])
+                db.execute(BLOBS.insert().values(run=run, name=name, part=part, data=data))
+                part += 1
+
+    def _read_blob(self, db: Connection, run: str, name: str) -> Message | None:
+        query = sa.select(BLOBS.c.data).where(BLOBS.c.run == run, BLOBS.c.name == name).order_by(BLOBS.c.part)
+        parts = [data for (data,) in db.execute(query)]
+        return decode(b"".join(parts)) if parts else None
+
+    def add_metrics(self, run: str, step: int, values: Mapping[str, float]) -> None:
+        """Store metrics of one step, replacing those stored before a restart."""
+        with self._begin() as db:
+            db.execute(METRICS.delete().where(METRICS.c.run == run, METRICS.c.step == step))
+            db.execute(METRICS.insert(), [{"run": run, "step": step, "name": n, "value": v} for n, v in values.items()])
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        """All stored metrics, by step."""
+        with self._begin() as db:
+            rows = db.execute(METRICS.select().where(METRICS.c.run == run).order_by(METRICS.c.step)).mappings()
+            return [dict(row) for row in rows]
+
+    # -- enrolment
+
+    def invite(self, site: str, token_hash: str, expires: int) -> None:
+        """Remember an invitation; a later one for the same site replaces it. The site's old key stays
+        valid until the new token is used, and a revoked site is invited anew by this."""
+        with self._begin() as db:
+            values = {"token_hash": token_hash, "token_expires": expires}
+            if not db.execute(SITES.update().where(SITES.c.site == site).values(**values)).rowcount:
+                db.execute(SITES.insert().values(site=site, public_key="", revoked=False, seen="", **values))
+
+    def enrol(self, site: str, token_hash: str, public_key: str) -> None:
+        """Use up a token and bind the site's name to *public_key* (hex); raises IntegrityError."""
+        with self._begin() as db:
+            row = db.execute(SITES.select().where(SITES.c.site == site)).mappings().first()
+            if row is None or not secrets.compare_digest(row["token_hash"], token_hash) or not token_hash:
+                raise IntegrityError(
+                    "token.refused", "the join token is unknown, used up or for another site", field="token",
+                    remedy="ask the coordinator's operator for a new invitation",
+                )  # fmt: skip
+            if row["token_expires"] < dt.datetime.now(dt.UTC).timestamp():
+                raise IntegrityError(
+                    "token.expired", "the join token has expired", field="token", remedy="ask for a new invitation"
+                )
+            used = SITES.update().where(SITES.c.site == site, SITES.c.token_hash == token_hash)
+            if db.execute(used.values(public_key=public_key, token_hash="", revoked=False)).rowcount != 1:
+                raise IntegrityError("token.refused", "the join token was used at the same moment", field="token")
+
+    def revoke(self, site: str) -> None:
+        """Shut a site out; raises PlanError if it is unknown."""
+        with self._begin() as db:
+            change = SITES.update().where(SITES.c.site == site).values(revoked=True, token_hash="")
+            if db.execute(change).rowcount != 1:
+                raise PlanError(
+                    "site.unknown", "there is no such site", field="site", remedy="`atoll coordinator status`"
+                )
+
+    def seen(self, site: str) -> None:
+        """Note that a site connected now."""
+        with self._begin() as db:
+            db.execute(SITES.update().where(SITES.c.site == site).values(seen=_now()))
+
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """Invited and enrolled sites by name: public_key ("" until enrolled), revoked, seen."""
+        with self._begin() as db:
+            rows = db.execute(SITES.select().order_by(SITES.c.site)).mappings()
+            return {row["site"]: {k: row[k] for k in ("public_key", "revoked", "seen")} for row in rows}
+
+    def roster(self) -> dict[str, str]:
+        """Public keys (hex) of the sites that may take part."""
+        return {n: s["public_key"] for n, s in self.sites().items() if s["public_key"] and not s["revoked"]}
+
+    # -- ledger
+
+    def ledger(self, public: bytes, sign: Signer) -> Ledger:
+        """The coordinator's ledger, begun if it is new."""
+        with self._begin() as db:
+            last = db.execute(sa.select(LEDGER.c.line).order_by(LEDGER.c.seq.desc()).limit(1)).scalar()
+        entry = json.loads(last) if last else {"seq": -1, "hash": EMPTY}
+        ledger = Ledger(self, Chain("coordinator", public, sign, entry["seq"], entry["hash"]))
+        if not last:
+            ledger.append(ledger.chain.genesis())
+        return ledger
+
+    def append_entry(self, entry: Entry) -> None:
+        """Store one ledger entry."""
+        with self._begin() as db:
+            db.execute(LEDGER.insert().values(seq=entry["seq"], line=canonical_json(entry).decode()))
+
+    def export_ledger(self, path: Path) -> None:
+        """Write the ledger as JSON lines."""
+        with self._begin() as db, path.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for (line,) in db.execute(sa.select(LEDGER.c.line).order_by(LEDGER.c.seq)))
+
+    def close(self) -> None:
+        """Give back all connections."""
+        self._engine.dispose()
+
+
+class Ledger:
+    """The coordinator's ledger in the run store."""
+
+    def __init__(self, store: RunStore, chain: Chain) -> None:
+        self._store, self.chain = store, chain
+
+    def append(self, entry: Entry) -> None:
+        """Store an entry made by ``chain.next`` and move the head."""
+        self._store.append_entry(entry)
+        self.chain.commit(entry)
+
+    def record(self, kind: str, body: Entry) -> Entry:
+        """Make, sign and store one entry."""
+        entry = self.chain.next(kind, body)
+        self.append(entry)
+        return entry
+
+
+def _sqlite_settings(connection: Any, _: Any) -> None:
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA busy_timeout=30000")

@@ -1,0 +1,105 @@
+"""A study: preparation, the program itself, and evaluation, as one sans-IO program.
+
+The recipe's statistics are fetched by the ordinary describe program; what was fitted
+travels with every later task as its *view*. A model that comes out is scored on every
+site's held-out rows by the ordinary evaluation program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from atoll.contract.capabilities import conflicts
+from atoll.contract.errors import AtollError, PlanError, refuse_all
+from atoll.contract.plan import Plan
+from atoll.contract.program import Cohort, Program, build, relay
+from atoll.contract.protection import find
+from atoll.contract.rounds import Checkpoint, Round, Steps
+from atoll.contract.wire import Array, Json
+from atoll.data.recipe import Prepared
+from atoll.models.linear import LinearModel
+
+
+def check_plan(plan: Plan) -> Program:
+    """The plan's program, after everything that can be refused before data is read.
+
+    Raises PlanError listing unknown names, parameters that do not fit the program, columns
+    that are not in the prepared schema, and combinations that cannot work.
+    """
+    problems: list[AtollError] = []
+    program = None
+    try:
+        program = build(plan.program, plan.params)
+    except PlanError as error:
+        problems.append(error)
+    try:
+        protection = find(plan.protection)
+        if program is not None:
+            problems.extend(conflicts([program.capabilities, protection.capabilities]))
+    except PlanError as error:
+        problems.append(error)
+    try:
+        schema = Prepared(plan.recipe).schema(plan.table)
+        if program is not None:
+            _check_columns(program, schema)
+    except PlanError as error:
+        problems.append(error)
+    refuse_all(PlanError, "plan.refused", problems)
+    return build(plan.program, plan.params)
+
+
+def _check_columns(program: Program, schema: Any) -> None:
+    """Start the generator and throw it away: its first round needs the schema, and no data."""
+    steps = program.coordinate(Cohort(("check",), schema))
+    next(steps, None)
+    steps.close()
+
+
+def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None = None) -> Steps:
+    """Everything a run asks of the cohort, in order; returns {"result", "fitted", "evaluation"}.
+
+    start: the state of the program's last Checkpoint, which is then yielded first, in
+    place of the rounds before it.
+    """
+    program, prepared = check_plan(plan), Prepared(plan.recipe)
+    schema = plan.table
+    view: dict[str, Json] = {}
+    for stage in prepared.stages():
+        needed = sorted({name for number in stage for name in prepared.steps[number].needs()})
+        statistics: Mapping[str, Any] = {}
+        if needed:
+            describe = build("statistics.describe", {"columns": needed, "bins": 1})
+            at = prepared.schema(schema, [n for n in stage if n < _first_fit(prepared, stage)])
+            found = yield from _staged(describe.coordinate(Cohort(sites, at, plan.run.seed)), "prepare", view)
+            statistics = found["columns"]
+        for number in stage:
+            view[str(number)] = prepared.steps[number].fit(statistics)
+        schema = prepared.schema(schema, stage)
+    if start is not None:
+        yield Checkpoint(start)
+    cohort = Cohort(sites, schema, plan.run.seed)
+    result = yield from _staged(program.coordinate(cohort, start), "program", view)
+    outcome = {"result": result, "fitted": view, "evaluation": None}
+    model = result.get("model")
+    if isinstance(model, LinearModel) and plan.run.evaluate and plan.run.holdout > 0:
+        evaluation = build("statistics.evaluation", {"model": model.spec()})
+        steps = evaluation.coordinate(cohort, {"weights": model.weights})
+        outcome["evaluation"] = yield from _staged(steps, "evaluate", view)
+    return outcome
+
+
+def _first_fit(prepared: Prepared, stage: list[int]) -> int:
+    """The stage's first step that waits for statistics: only what comes before it is applied yet."""
+    return min((number for number in stage if prepared.steps[number].needs()), default=len(prepared.steps))
+
+
+def _staged(steps: Steps, stage: str, view: Mapping[str, Json]) -> Steps:
+    frozen = dict(view)
+
+    def stamp(asked: Round) -> Round:
+        return replace(asked, stage=stage, view=frozen)
+
+    result = yield from relay(steps, stamp)
+    return result

@@ -1,0 +1,65 @@
+"""The transport port: the coordinator's one way to reach sites, and a site's one way to be reached.
+
+A request is a message with a unique ``meta["id"]``; exactly one reply carries the same
+text as ``meta["re"]``. Requests may be delivered more than once (after a reconnect or a
+restart); sites answer a repeated request with the same reply. A transport adds nothing
+to messages, reads nothing but kind, id and sizes, and reports failure only as
+TransportError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from atoll.contract.errors import TransportError
+from atoll.contract.wire import Head, Json, Message
+from atoll.transport.spool import Incoming
+
+Progress = Callable[[Mapping[str, Json]], None]
+"""Called with a small JSON object whenever the peer tells that work goes on."""
+
+HeadCheck = Callable[[Head], None]
+"""Called with a reply's header before memory is allocated for its body; raises to refuse it."""
+
+Endpoint = Callable[[Message, Progress], Message]
+"""A site as transports see it: answers one request (in a worker thread), telling progress."""
+
+
+def deadline_passed(site: str, deadline_s: float) -> TransportError:
+    """The one error for a site that was silent for too long."""
+    return TransportError(
+        "transport.deadline",
+        f"no answer and no progress for {deadline_s:g} s",
+        remedy="check that the site is up and connected, or raise run.deadline_s",
+        where={"site": site},
+    )
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes exchanged with sites, message headers included."""
+
+    to_sites_bytes: int = 0
+    from_sites_bytes: int = 0
+
+
+class Transport(Protocol):
+    """What the coordinator's driver needs. Implementations pass tests/transport/test_contract.py."""
+
+    traffic: Mapping[str, Traffic]
+    """By run id; "" collects what belongs to none."""
+
+    def sites(self) -> Mapping[str, int]:
+        """The sites that can be reached now, with a number that grows whenever one reconnects."""
+
+    async def request(
+        self, site: str, message: Message, deadline_s: float, check: HeadCheck, progress: Progress | None = None
+    ) -> Incoming:
+        """Send *message* and return the reply; its header passed *check* before its body was read.
+
+        A site that is not connected, or whose connection breaks, has until the deadline to come
+        back; progress (bytes, or the site saying so) extends the deadline. Raises
+        TransportError("transport.deadline") otherwise, and whatever *check* raises.
+        """
