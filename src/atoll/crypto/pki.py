@@ -139,14 +139,14 @@ class CertificateAuthority:
         """
         try:
             csr = x509.load_pem_x509_csr(csr_pem)
-            valid = csr.is_signature_valid and isinstance(csr.public_key(), ec.EllipticCurvePublicKey)
-            common = csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            public, common = csr.public_key(), csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            right = csr.is_signature_valid and [attribute.value for attribute in common] == [check_name(name)]
         except ValueError:
-            valid, common = False, []
-        if not valid or len(common) != 1 or common[0].value != check_name(name):
+            right, public = False, None
+        if not right or not isinstance(public, ec.EllipticCurvePublicKey):
             raise IntegrityError("csr.wrong", "the signing request is malformed or for another name", field="csr")
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"atoll://site/{name}")]
-        return self._issue(csr.public_key(), name, names, ExtendedKeyUsageOID.CLIENT_AUTH, lifetime)
+        return self._issue(public, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, lifetime)
 
     def issue_server(self, hosts: Sequence[str], lifetime: dt.timedelta = SITE_LIFETIME) -> tuple[bytes, bytes]:
         """The coordinator's TLS key and certificate (PEM, PEM) for *hosts* (names or addresses)."""
@@ -162,13 +162,12 @@ class CertificateAuthority:
 
     def _issue(
         self,
-        public: object,
+        public: ec.EllipticCurvePublicKey,
         common_name: str,
         names: list[x509.GeneralName],
         purpose: x509.ObjectIdentifier,
         lifetime: dt.timedelta,
     ) -> bytes:
-        assert isinstance(public, ec.EllipticCurvePublicKey)  # callers made or checked it
         certificate = (
             x509.CertificateBuilder()
             .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)]))
