@@ -45,7 +45,9 @@ class ProgramParams(BaseModel):
 class TableView(Protocol):
     """A prepared table as a handler sees it. Numeric columns are float64, NaN where missing."""
 
-    schema: TableSchema
+    @property
+    def schema(self) -> TableSchema:
+        """The prepared table's schema."""
 
     def __len__(self) -> int: ...
 
@@ -59,11 +61,21 @@ class TableView(Protocol):
 class SiteView(Protocol):
     """What a handler may touch at its site: nothing else is reachable."""
 
-    name: str
-    table: TableView
-    holdout: TableView
-    state: dict[str, Array]
-    """Per-run state of this program, saved together with the release it led to."""
+    @property
+    def name(self) -> str:
+        """The site's name."""
+
+    @property
+    def table(self) -> TableView:
+        """Training rows (all rows when nothing is held out)."""
+
+    @property
+    def holdout(self) -> TableView:
+        """Rows kept for evaluation."""
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """Per-run state of this program, saved together with the release it led to."""
 
     def progress(self, done: float, total: float) -> None:
         """Tell that work goes on (it extends the deadline) and stop here if the run was cancelled."""

@@ -120,7 +120,7 @@ def body_parts(arrays: Mapping[str, Array]) -> tuple[list[list[Json]], list[memo
             raise ProtocolError("wire.bad-dtype", f"arrays of dtype {array.dtype} cannot be sent", field=name)
         specs.append([name, array.dtype.str, list(array.shape)])
         if array.nbytes:
-            parts.append(memoryview(array.reshape(-1).view(np.uint8)))
+            parts.append(memoryview(array.reshape(-1).view(np.uint8).data))
             if pad := padded(array.nbytes) - array.nbytes:
                 parts.append(bytes(pad))
     return specs, parts

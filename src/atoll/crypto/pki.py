@@ -20,6 +20,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -80,6 +81,34 @@ def make_csr(key: ec.EllipticCurvePrivateKey, name: str) -> bytes:
 def cert_fingerprint(certificate: x509.Certificate) -> str:
     """SHA-256 of the DER certificate, hex."""
     return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def certificate_fingerprint(certificate_pem: bytes) -> str:
+    """SHA-256 of a PEM certificate's DER form, hex."""
+    return cert_fingerprint(x509.load_pem_x509_certificate(certificate_pem))
+
+
+def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """A P-256 key from PKCS #8 PEM; raises IntegrityError for any other."""
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IntegrityError("key.type", "the TLS key is not a P-256 key", field="tls.key")
+    return key
+
+
+def expired(certificate_pem: bytes) -> bool:
+    """True once the certificate's end has passed."""
+    return now() > x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc
+
+
+def read_site_certificate(certificate_pem: bytes, ca: CertificateAuthority) -> tuple[str, str]:
+    """(site, SHA-256 fingerprint) of a client certificate that *ca* itself issued; raises IntegrityError."""
+    try:
+        certificate = x509.load_pem_x509_certificate(certificate_pem)
+        certificate.verify_directly_issued_by(ca.certificate)
+    except (ValueError, TypeError, InvalidSignature):
+        raise IntegrityError("certificate.foreign", "the certificate is not of this federation's CA") from None
+    return site_name(certificate), cert_fingerprint(certificate)
 
 
 def site_name(certificate: x509.Certificate) -> str:
@@ -210,6 +239,11 @@ def needs_renewal(certificate_pem: bytes, at: dt.datetime | None = None) -> bool
 # ---------------------------------------------------------------- join tokens
 
 
+def secret_hash(secret: str) -> str:
+    """What the coordinator stores instead of a token's secret (256 random bits need no salt)."""
+    return hashlib.sha256(b"atoll join 1\0" + secret.encode()).hexdigest()
+
+
 @dataclass(frozen=True, slots=True)
 class JoinToken:
     """A one-time, expiring invitation.
@@ -232,11 +266,6 @@ class JoinToken:
         """A token for *site*; *address* is host:port of the enrolment service."""
         expires = int((now() + lifetime).timestamp())
         return JoinToken(check_name(site), address, ca.pem, expires, secrets.token_urlsafe(32))
-
-    @property
-    def secret_hash(self) -> str:
-        """What the coordinator stores instead of the secret."""
-        return hashlib.sha256(b"atoll join 1\0" + self.secret.encode()).hexdigest()
 
     @property
     def ca_fingerprint(self) -> str:

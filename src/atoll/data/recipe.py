@@ -2,7 +2,7 @@
 
 A step says which columns' statistics it needs; the runtime fetches them (one describe
 program for all that are needed at once), calls ``fit``, and sends what was fitted to
-the sites, where ``apply`` uses it. ``fit`` and ``schema`` run at both ends and see no rows.
+the sites, where ``apply`` uses it. ``fit`` and ``after`` run at both ends and see no rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Step(Protocol):
     def fit(self, statistics: Statistics) -> Fitted:
         """Parameters from statistics (column → count, mean, variance …)."""
 
-    def schema(self, schema: TableSchema) -> TableSchema:
+    def after(self, schema: TableSchema) -> TableSchema:
         """The table's schema after this step; raises PlanError if a column is not there."""
 
     def apply(self, table: Table, fitted: Fitted) -> Table:
@@ -63,7 +63,7 @@ class Threshold(_Step):
     above: float
     into: str
 
-    def schema(self, schema: TableSchema) -> TableSchema:
+    def after(self, schema: TableSchema) -> TableSchema:
         source = _column(schema, self.column)
         made = Column(dtype="integer", values=(0, 1), role=source.role, missing=source.missing)
         columns = {name: column for name, column in schema.columns.items() if name != self.column}
@@ -73,7 +73,7 @@ class Threshold(_Step):
         values = table[self.column]
         made = np.where(np.isnan(values), np.nan, (values > self.above).astype(np.float64))
         columns = {name: column for name, column in table.columns.items() if name != self.column}
-        return Table(self.schema(table.schema), {**columns, self.into: made}, table.held_out)
+        return Table(self.after(table.schema), {**columns, self.into: made}, table.held_out)
 
 
 class Impute(_Step):
@@ -96,7 +96,7 @@ class Impute(_Step):
             )
         return {name: float(statistics[name]["mean"]) for name in self.columns}
 
-    def schema(self, schema: TableSchema) -> TableSchema:
+    def after(self, schema: TableSchema) -> TableSchema:
         filled = {name: _column(schema, name).model_copy(update={"missing": "forbid"}) for name in self.columns}
         for name, column in filled.items():
             if not column.numeric:
@@ -110,7 +110,7 @@ class Impute(_Step):
         columns = dict(table.columns)
         for name in self.columns:
             columns[name] = np.where(np.isnan(table[name]), float(fitted[name]), table[name])
-        return Table(self.schema(table.schema), columns, table.held_out)
+        return Table(self.after(table.schema), columns, table.held_out)
 
 
 STEPS: dict[str, type[Any]] = {"threshold": Threshold, "impute": Impute}
@@ -151,7 +151,7 @@ class Prepared:
     def schema(self, schema: TableSchema, steps: Sequence[int] | None = None) -> TableSchema:
         """The schema after all (or the first) steps."""
         for number in range(len(self.steps)) if steps is None else steps:
-            schema = self.steps[number].schema(schema)
+            schema = self.steps[number].after(schema)
         return schema
 
     def apply(self, table: Table, view: Mapping[str, Fitted]) -> Table:

@@ -9,6 +9,7 @@ leave it as arrays.
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def read_source(spec: SourceSpec, schema: TableSchema, base: Path) -> Table:
     raw = _open(spec, path, schema)
     _check_columns(raw, schema)
     kept = {name: column for name, column in schema.columns.items() if column.role != "ignore"}
-    typed = raw.select(**{f"{i}r": _text(raw[n], c) for i, (n, c) in enumerate(kept.items())})
+    typed = raw.select(**{f"{i}r": _text(raw[n], c, spec.nulls) for i, (n, c) in enumerate(kept.items())})
     typed = typed.mutate(**{f"{i}v": _typed(typed[f"{i}r"], c) for i, c in enumerate(kept.values())})
     _check_cells(typed, kept, schema)
     arrow = typed.select(*[f"{i}v" for i in range(len(kept))]).to_pyarrow()
@@ -75,16 +76,21 @@ def _open(spec: SourceSpec, path: Path, schema: TableSchema) -> ir.Table:
     kind = spec.format or {".parquet": "parquet", ".pq": "parquet"}.get(path.suffix, "csv")
     try:
         if kind == "parquet":
-            return connection.read_parquet(path)
+            return connection.read_parquet(glob.escape(str(path)))
         if path.stat().st_size == 0:
             raise SchemaError("source.empty", "the file is empty", field="path", remedy="check the site's source")
         options: dict[str, Any] = {} if spec.header else {"names": list(schema.columns)}
+        # The whole dialect is given: an engine that guesses it may take a row for a comment or a title.
         return connection.read_csv(
-            path,
+            glob.escape(str(path)),
             all_varchar=True,
             header=spec.header,
             sep=spec.separator,
-            nullstr=sorted({"", *spec.nulls}),
+            quote='"',
+            escape='"',
+            comment="",
+            skip=0,
+            nullstr="",
             **options,
         )
     except AtollError:
@@ -100,30 +106,42 @@ def _open(spec: SourceSpec, path: Path, schema: TableSchema) -> ir.Table:
 
 
 def _check_columns(raw: ir.Table, schema: TableSchema) -> None:
-    """Missing, additional and renamed columns, all at once."""
+    """Missing, additional and renamed columns, all at once.
+
+    Names that are not the schema's stay in the message, which does not leave the site; and when
+    none is, they are not even written there: they may be the cells of a table without a header.
+    """
     missing = [name for name in schema.columns if name not in raw.columns]
     extra = [name for name in raw.columns if name not in schema.columns]
+    folded = {name.strip().casefold(): name for name in extra}
+    if len(missing) == len(schema.columns) and not any(name.casefold() in folded for name in missing):
+        raise SchemaError(
+            "source.no-header",
+            "the table has none of the schema's columns",
+            field="header",
+            remedy="check the separator, and set header: false if the first line is not the columns' names",
+        )
     problems: list[AtollError] = []
     for name in missing:
-        near = difflib.get_close_matches(name, extra, 1)
-        remedy = f"the table has {near[0]!r}: rename it?" if near else "add the column, or name the right table"
-        problems.append(SchemaError("schema.missing-column", f"column {name!r} is missing", field=name, remedy=remedy))
+        near = difflib.get_close_matches(name.casefold(), folded, 1)
+        text = f"column {name!r} is missing" + (f"; did the table rename it to {folded[near[0]]!r}?" if near else "")
+        remedy = "add or rename the column, or name the right table"
+        problems.append(SchemaError("schema.missing-column", text, field=name, remedy=remedy))
     for name in extra:
         remedy = "remove it from the source, or declare it in the schema (role: ignore)"
-        problems.append(
-            SchemaError("schema.extra-column", f"column {name!r} is not in the schema", field=name, remedy=remedy)
-        )
+        problems.append(SchemaError("schema.extra-column", f"column {name!r} is not in the schema", remedy=remedy))
     refuse_all(SchemaError, "schema.columns", problems)
 
 
-def _text(cell: ir.Value, column: Column) -> ir.Value:
-    """A cell as trimmed text, NULL where it is empty or one of the column's codes for missing."""
-    text = cell.cast("string").strip().nullif("")
-    codes = [str(code) for code in column.null_values]
-    if column.numeric and codes:
-        number = text.try_cast("float64")
-        return ibis.ifelse(number.isin([float(code) for code in codes]), ibis.null("string"), text)
-    return ibis.ifelse(text.isin(codes), ibis.null("string"), text) if codes else text
+def _text(cell: ir.Value, column: Column, nulls: tuple[str, ...]) -> ir.Value:
+    """A cell as trimmed text, NULL where it is empty or one of the table's or column's codes for missing."""
+    text = cell.cast("string").strip()
+    codes = {"", *nulls, *(str(code) for code in column.null_values)}
+    if column.numeric and (numbers := [float(code) for code in column.null_values if not isinstance(code, str)]):
+        missing = text.isin(sorted(codes)) | text.try_cast("float64").isin(numbers).fill_null(False)
+    else:
+        missing = text.isin(sorted(codes))
+    return ibis.ifelse(missing, ibis.null("string"), text)
 
 
 def _typed(text: Any, column: Column) -> ir.Value:

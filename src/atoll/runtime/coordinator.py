@@ -66,7 +66,9 @@ class Coordinator:
         self.store.set_status(run, "running")
         try:
             outcome = await driver.drive()
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as stop:
+            if "stopping" in stop.args:  # the process ends, not the run: it resumes with the next process
+                raise
             await asyncio.shield(driver.close("cancelled", None))
             self.store.set_status(run, "cancelled", "cancelled by the coordinator's operator")
             raise

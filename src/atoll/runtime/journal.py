@@ -41,7 +41,7 @@ class Journal:
         self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
         self._db.executescript(_TABLES)
         last = self._db.execute("SELECT line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
-        entry = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}
+        entry: dict[str, Json] = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}
         self.chain = Chain(party, public, sign, entry["seq"], entry["hash"])
         if not last:
             with self.transaction():
@@ -54,6 +54,7 @@ class Journal:
             seq, head = self.chain.seq, self.chain.head
             try:
                 self._db.execute("BEGIN IMMEDIATE")
+                self._follow()
                 yield
                 self._db.execute("COMMIT")
             except BaseException as error:
@@ -68,6 +69,12 @@ class Journal:
                         remedy="free disk space at the site and check the journal's permissions",
                     ) from None
                 raise
+
+    def _follow(self) -> None:
+        """Take up the head that another process of the same party (an operator's command) may have moved."""
+        last = self._db.execute("SELECT seq, line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
+        if last and last[0] != self.chain.seq:
+            self.chain.seq, self.chain.head = last[0], json.loads(last[1])["hash"]
 
     def _append(self, entry: Entry) -> Entry:
         self._db.execute("INSERT INTO ledger VALUES (?, ?)", (entry["seq"], canonical_json(entry).decode()))

@@ -24,7 +24,7 @@ class Policy(BaseModel):
     min_group_size: fewest people behind any released count of people.
     min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
     share: own values that may leave un-summed. approval: "manual" asks the operator
-    about every study and every change of the roster. max_message_bytes: larger tasks and
+    about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
     releases are refused. modules: further Python modules whose programs may be loaded.
     """
 
@@ -37,6 +37,7 @@ class Policy(BaseModel):
     min_sites: int = Field(default=3, ge=1)
     share: tuple[Shareable, ...] = ()
     approval: Literal["manual", "automatic"] = "manual"
+    roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
 
@@ -51,6 +52,7 @@ class Policy(BaseModel):
         return Policy(
             programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
             share=("rows", "metrics"), approval="automatic",
+            roster="automatic",
         )  # fmt: skip
 
     def check_plan(self, plan: Plan, cohort: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ in the journal's note and the site's log, under the run's trace id.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -120,15 +121,19 @@ class Site:
                 "roster.not-me", "the roster holds another key under this site's name", field="roster",
                 remedy="tell the coordinator's operator: this site's identity was replaced",
             )  # fmt: skip
-        announced = {"plan": plan.to_json(), "hash": plan.hash, "roster": roster, "roster_hash": roster_hash(roster)}
+        announced: dict[str, Json] = {
+            "plan": plan.to_json(),
+            "hash": plan.hash,
+            "roster": roster,
+            "roster_hash": roster_hash(roster),
+        }
         known = self._journal.run(run)
         if known is None:
             self._journal.open_run(run, "pending", announced)
         elif known[1] != announced:
             raise ProtocolError("run.changed", "the run was announced before with another plan or roster")
-        self._await_approval(run, announced["roster_hash"], progress)
-        rows = len(self._prepared(run, plan, {})[0]) if "rows" in self._policy.share else None
-        self._prepared(run, plan, {})
+        self._await_approval(run, roster, progress)
+        rows = sum(len(part) for part in self._prepared(run, plan, {}))
         if (known := self._journal.run(run)) and known[0] == "approved":
             self._journal.record(
                 "joined",
@@ -136,11 +141,11 @@ class Site:
                  "protection": plan.protection, "roster": announced["roster_hash"]},
             )  # fmt: skip
             self._journal.set_status(run, "running")
-        return Message("opened", {"re": message.meta["id"], "rows": rows})
+        return Message("opened", {"re": message.meta["id"], "rows": rows if "rows" in self._policy.share else None})
 
-    def _await_approval(self, run: str, roster: str, progress: Progress) -> None:
-        """Return once the operator (or an automatic policy) approved roster and study; raise when denied."""
-        told = 0.0
+    def _await_approval(self, run: str, roster: Mapping[str, str], progress: Progress) -> None:
+        """Return once roster and study are approved, by policy or by the operator; raise when denied."""
+        told = -1.0
         while True:
             status = (self._journal.run(run) or ("unknown",))[0]
             if status in ("approved", "running"):
@@ -150,11 +155,13 @@ class Site:
                     "policy.denied", "the site's operator did not approve the study", field="approval",
                     remedy="talk to the site's operator",
                 )  # fmt: skip
-            automatic = self._policy.approval == "automatic"
-            if automatic or self._journal.setting(f"approved {run}") == roster:
+            known = json.loads(self._journal.setting("roster") or "{}")
+            roster_right = self._policy.roster == "automatic" or all(known.get(s) == k for s, k in roster.items())
+            study_right = self._policy.approval == "automatic" or self._journal.setting(f"approved {run}") == "yes"
+            if roster_right and study_right:
                 self._journal.set_status(run, "approved")
             elif time.monotonic() - told > 1:
-                progress({"waiting": "approval by the site's operator"})
+                progress({"waiting": "approval of the study" if roster_right else "approval of the roster"})
                 told = time.monotonic()
             else:
                 time.sleep(0.1)

@@ -55,6 +55,7 @@ SITES = sa.Table(
     "sites", _meta,
     sa.Column("site", sa.String(64), primary_key=True), sa.Column("public_key", sa.String(64), nullable=False),
     sa.Column("token_hash", sa.String(64), nullable=False), sa.Column("token_expires", sa.Integer, nullable=False),
+    sa.Column("certificates", sa.String(130), nullable=False),
     sa.Column("revoked", sa.Boolean, nullable=False), sa.Column("seen", sa.String(40), nullable=False),
 )  # fmt: skip
 
@@ -217,11 +218,13 @@ class RunStore:
         valid until the new token is used, and a revoked site is invited anew by this."""
         with self._begin() as db:
             values = {"token_hash": token_hash, "token_expires": expires}
+            blank = {"public_key": "", "certificates": "", "revoked": False, "seen": ""}
             if not db.execute(SITES.update().where(SITES.c.site == site).values(**values)).rowcount:
-                db.execute(SITES.insert().values(site=site, public_key="", revoked=False, seen="", **values))
+                db.execute(SITES.insert().values(site=site, **blank, **values))
 
-    def enrol(self, site: str, token_hash: str, public_key: str) -> None:
-        """Use up a token and bind the site's name to *public_key* (hex); raises IntegrityError."""
+    def enrol(self, site: str, token_hash: str, public_key: str, certificate: str) -> None:
+        """Use up a token and bind the site's name to its public key (hex) and
+        certificate (its fingerprint); raises IntegrityError."""
         with self._begin() as db:
             row = db.execute(SITES.select().where(SITES.c.site == site)).mappings().first()
             if row is None or not secrets.compare_digest(row["token_hash"], token_hash) or not token_hash:
@@ -234,8 +237,17 @@ class RunStore:
                     "token.expired", "the join token has expired", field="token", remedy="ask for a new invitation"
                 )
             used = SITES.update().where(SITES.c.site == site, SITES.c.token_hash == token_hash)
-            if db.execute(used.values(public_key=public_key, token_hash="", revoked=False)).rowcount != 1:
+            fresh = {"public_key": public_key, "certificates": certificate, "token_hash": "", "revoked": False}
+            if db.execute(used.values(**fresh)).rowcount != 1:
                 raise IntegrityError("token.refused", "the join token was used at the same moment", field="token")
+
+    def add_certificate(self, site: str, certificate: str) -> None:
+        """A renewed certificate (its fingerprint) is good for *site*, and for now the one before it,
+        in case the answer is lost on its way."""
+        with self._begin() as db:
+            before = db.execute(sa.select(SITES.c.certificates).where(SITES.c.site == site)).scalar() or ""
+            kept = " ".join([certificate, *before.split()[:1]])
+            db.execute(SITES.update().where(SITES.c.site == site).values(certificates=kept))
 
     def revoke(self, site: str) -> None:
         """Shut a site out; raises PlanError if it is unknown."""
@@ -255,7 +267,7 @@ class RunStore:
         """Invited and enrolled sites by name: public_key ("" until enrolled), revoked, seen."""
         with self._begin() as db:
             rows = db.execute(SITES.select().order_by(SITES.c.site)).mappings()
-            return {row["site"]: {k: row[k] for k in ("public_key", "revoked", "seen")} for row in rows}
+            return {row["site"]: {k: row[k] for k in ("public_key", "certificates", "revoked", "seen")} for row in rows}
 
     def roster(self) -> dict[str, str]:
         """Public keys (hex) of the sites that may take part."""
@@ -267,7 +279,7 @@ class RunStore:
         """The coordinator's ledger, begun if it is new."""
         with self._begin() as db:
             last = db.execute(sa.select(LEDGER.c.line).order_by(LEDGER.c.seq.desc()).limit(1)).scalar()
-        entry = json.loads(last) if last else {"seq": -1, "hash": EMPTY}
+        entry: dict[str, Json] = json.loads(last) if last else {"seq": -1, "hash": EMPTY}
         ledger = Ledger(self, Chain("coordinator", public, sign, entry["seq"], entry["hash"]))
         if not last:
             ledger.append(ledger.chain.genesis())

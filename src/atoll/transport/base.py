@@ -9,14 +9,16 @@ TransportError.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from atoll.contract.errors import TransportError
 from atoll.contract.wire import Head, Json, Message
 from atoll.transport.spool import Incoming
 
+T = TypeVar("T")
 Progress = Callable[[Mapping[str, Json]], None]
 """Called with a small JSON object whenever the peer tells that work goes on."""
 
@@ -27,14 +29,32 @@ Endpoint = Callable[[Message, Progress], Message]
 """A site as transports see it: answers one request (in a worker thread), telling progress."""
 
 
-def deadline_passed(site: str, deadline_s: float) -> TransportError:
-    """The one error for a site that was silent for too long."""
-    return TransportError(
-        "transport.deadline",
-        f"no answer and no progress for {deadline_s:g} s",
-        remedy="check that the site is up and connected, or raise run.deadline_s",
-        where={"site": site},
-    )
+class Patience:
+    """Waits for a site's reply as long as something is heard of it at least every *deadline_s* seconds."""
+
+    def __init__(self, site: str, deadline_s: float) -> None:
+        self._site, self._deadline_s = site, deadline_s
+        self._loop = asyncio.get_running_loop()
+        self.heard()
+
+    def heard(self) -> None:
+        """Something was heard: the deadline starts anew."""
+        self._last = self._loop.time()
+
+    async def wait(self, future: asyncio.Future[T]) -> T:
+        """The future's result; raises TransportError("transport.deadline") after too long a silence."""
+        while True:
+            left = self._last + self._deadline_s - self._loop.time()
+            done, _ = await asyncio.wait([future], timeout=max(left, 0))
+            if done:
+                return future.result()
+            if left <= 0:
+                raise TransportError(
+                    "transport.deadline",
+                    f"no answer and no progress for {self._deadline_s:g} s",
+                    remedy="check that the site is up and connected, or raise run.deadline_s",
+                    where={"site": self._site},
+                )
 
 
 @dataclass(slots=True)
@@ -48,7 +68,7 @@ class Traffic:
 class Transport(Protocol):
     """What the coordinator's driver needs. Implementations pass tests/transport/test_contract.py."""
 
-    traffic: Mapping[str, Traffic]
+    traffic: dict[str, Traffic]
     """By run id; "" collects what belongs to none."""
 
     def sites(self) -> Mapping[str, int]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from atoll.contract.errors import TransportError
 from atoll.contract.wire import Json, Message, encode, read_head
-from atoll.transport.base import Endpoint, HeadCheck, Progress, Traffic, deadline_passed
+from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic
 from atoll.transport.spool import Incoming
 
 
@@ -42,12 +42,10 @@ class LocalTransport:
         self, site: str, message: Message, deadline_s: float, check: HeadCheck, progress: Progress | None = None
     ) -> Incoming:
         """See :class:`atoll.transport.base.Transport`."""
-        loop = asyncio.get_running_loop()
-        heard = loop.time()
+        patience = Patience(site, deadline_s)
 
         def tell(note: Mapping[str, Json]) -> None:
-            nonlocal heard
-            heard = loop.time()
+            patience.heard()
             if progress is not None:
                 progress(note)
 
@@ -59,14 +57,8 @@ class LocalTransport:
 
         if site not in self._endpoints:
             raise TransportError("transport.unknown-site", f"there is no site {site!r}", field=site)
-        future = loop.run_in_executor(self._pool, work)
-        while True:
-            done, _ = await asyncio.wait([future], timeout=heard + deadline_s - loop.time())
-            if done:
-                break
-            if loop.time() >= heard + deadline_s:
-                raise deadline_passed(site, deadline_s)
-        incoming, sent_bytes, received_bytes = future.result()
+        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        incoming, sent_bytes, received_bytes = await patience.wait(future)
         traffic = self.traffic[str(message.meta.get("run", ""))]
         traffic.to_sites_bytes += sent_bytes
         traffic.from_sites_bytes += received_bytes

@@ -51,6 +51,11 @@ class Incoming:
         return self.head.body_bytes - self._written
 
     @property
+    def body_received(self) -> int:
+        """Body bytes that have come."""
+        return self._written
+
+    @property
     def body_sha256(self) -> bytes:
         """SHA-256 of the body received so far."""
         return self._hash.digest()

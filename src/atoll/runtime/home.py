@@ -1,0 +1,242 @@
+"""The folders a party lives in: configuration, keys (mode 0600), certificates, journal or store.
+
+coordinator:  coordinator.yaml  ca.key  ca.pem  identity.key  store.db  listening.json
+site:         site.yaml  policy.yaml  ca.pem  identity.key  tls.key  tls.pem  journal.db
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoll.contract.errors import IntegrityError, PlanError
+from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.contract.wire import Json
+from atoll.crypto import pki
+from atoll.crypto.identity import Identity, check_private, write_private
+from atoll.data.sources import SourceSpec, read_source
+from atoll.data.table import Table
+from atoll.runtime.journal import Journal
+from atoll.runtime.policy import Policy
+from atoll.runtime.store import RunStore
+from atoll.transport.grpc import call_unary
+
+POLICY_TEMPLATE = """\
+# What this site lets happen to its data. The site enforces it; the coordinator cannot lift it.
+programs: ["statistics.*", "horizontal.*"]   # names that may run here, optionally name@version
+purposes: [research]                         # what studies may be for
+protections: [secagg, paillier, ckks]        # add "plain" to let the coordinator see this site's own sums
+min_group_size: 5                            # fewest people behind a released count
+min_sites: 3                                 # fewest sites in a study
+share: []                                    # own values that may leave un-summed: rows, metrics
+approval: manual                             # ask the operator about every study (or: automatic)
+roster: manual                               # ask the operator about every new identity (or: automatic)
+"""
+
+
+class CoordinatorConfig(BaseModel):
+    """coordinator.yaml. host: where to listen; address: how sites reach it (default: host).
+    store: SQLAlchemy URL (default: SQLite in the folder). certificate_days: lifetime of certificates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    federation: str = "atoll"
+    host: str = "127.0.0.1"
+    address: str = ""
+    port: int = Field(default=7443, ge=0, le=65535)
+    enrol_port: int = Field(default=7444, ge=0, le=65535)
+    store: str = ""
+    certificate_days: float = Field(default=7.0, gt=0, le=398)
+
+
+class SiteConfig(BaseModel):
+    """site.yaml. datasets: the tables that plans may name, by their *dataset*."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    address: str
+    coordinator_key: str
+    datasets: Mapping[str, SourceSpec] = Field(default_factory=dict)
+
+
+def _new_folder(folder: Path, mark: str) -> None:
+    if (folder / mark).exists():
+        raise PlanError("home.exists", f"{folder} is set up already", field="home", remedy="choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def _need(folder: Path, mark: str, command: str) -> None:
+    if not (folder / mark).is_file():
+        raise PlanError("home.missing", f"{folder} is not set up", field="home", remedy=f"run `{command}` first")
+
+
+class CoordinatorHome:
+    """The coordinator's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        _need(folder, "coordinator.yaml", "atoll coordinator init")
+        self.folder = folder
+        self.config = validate(CoordinatorConfig, read_yaml(folder / "coordinator.yaml", "config"), "config")
+        self.identity = Identity.load("coordinator", folder / "identity.key")
+        self.ca = pki.CertificateAuthority.load(folder)
+        self.lifetime = dt.timedelta(days=self.config.certificate_days)
+        self._server_pair: tuple[bytes, bytes] | None = None
+
+    @staticmethod
+    def create(folder: Path, config: CoordinatorConfig) -> CoordinatorHome:
+        """A new coordinator: its CA and identity. Raises PlanError if the folder is one already."""
+        _new_folder(folder, "coordinator.yaml")
+        pki.CertificateAuthority.create(config.federation).save(folder)
+        Identity.generate("coordinator").save(folder / "identity.key")
+        (folder / "coordinator.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        return CoordinatorHome(folder)
+
+    def store(self) -> RunStore:
+        """The run store."""
+        return RunStore(self.config.store or f"sqlite:///{self.folder.absolute() / 'store.db'}")
+
+    def server_pair(self) -> tuple[bytes, bytes]:
+        """The server's TLS key and certificate, renewed when a third of its life is left; memory only."""
+        if self._server_pair is None or pki.needs_renewal(self._server_pair[1]):
+            hosts = {self.config.host, self.config.address or self.config.host, "localhost"} - {"0.0.0.0", "::"}  # noqa: S104
+            self._server_pair = self.ca.issue_server(sorted(hosts), self.lifetime)
+        return self._server_pair
+
+    def listening(self) -> tuple[int, int]:
+        """The ports in use: those the running coordinator wrote down, else the configured ones."""
+        try:
+            ports = json.loads((self.folder / "listening.json").read_text())
+            return int(ports["port"]), int(ports["enrol_port"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return self.config.port, self.config.enrol_port
+
+    def invite(self, store: RunStore, site: str, lifetime: dt.timedelta) -> pki.JoinToken:
+        """A one-time token for *site*; any earlier one of the site is void."""
+        address = f"{self.config.address or self.config.host}:{self.listening()[1]}"
+        token = pki.JoinToken.create(site, address, self.ca, lifetime)
+        store.invite(site, pki.secret_hash(token.secret), token.expires)
+        return token
+
+    # -- what the enrolment and renewal services answer
+
+    def authorise(self, store: RunStore, certificate_pem: bytes) -> str:
+        """The enrolled, unrevoked site that a certificate of our CA belongs to; raises IntegrityError."""
+        site, fingerprint = pki.read_site_certificate(certificate_pem, self.ca)
+        row = store.sites().get(site)
+        if row is None or row["revoked"] or not row["public_key"] or fingerprint not in row["certificates"].split():
+            raise IntegrityError(
+                "certificate.revoked", "the certificate was revoked or replaced", field=site,
+                remedy="ask the coordinator's operator for a new invitation",
+            )  # fmt: skip
+        return site
+
+    def enrol(self, store: RunStore, request: Mapping[str, Json]) -> Mapping[str, Json]:
+        """Use up a join token: the site's certificate from its CSR, bound to its identity key."""
+        match request:
+            case {"site": str(site), "secret": str(secret), "csr": str(csr), "public_key": str(public)}:
+                certificate = self.ca.issue_site(csr.encode(), site, self.lifetime)
+                if len(bytes.fromhex(public)) != 32:
+                    raise IntegrityError("enrol.key", "the identity key is not an Ed25519 key", field="public_key")
+                store.enrol(site, pki.secret_hash(secret), public, pki.certificate_fingerprint(certificate))
+                return {"certificate": certificate.decode(), "coordinator_key": self.identity.public.hex(),
+                        "port": self.listening()[0]}  # fmt: skip
+        raise IntegrityError("enrol.malformed", "the enrolment request is malformed")
+
+    def renew(self, store: RunStore, site: str, request: Mapping[str, Json]) -> Mapping[str, Json]:
+        """A fresh certificate for a site that still has a good one."""
+        certificate = self.ca.issue_site(str(request.get("csr")).encode(), site, self.lifetime)
+        store.add_certificate(site, pki.certificate_fingerprint(certificate))
+        return {"certificate": certificate.decode()}
+
+
+class SiteHome:
+    """A site's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        _need(folder, "site.yaml", "atoll site init")
+        self.folder = folder
+        self.config = validate(SiteConfig, read_yaml(folder / "site.yaml", "config"), "config")
+        self.identity = Identity.load(self.config.name, folder / "identity.key")
+        self.policy = Policy.load(folder / "policy.yaml")
+        self.ca_pem = (folder / "ca.pem").read_bytes()
+
+    @staticmethod
+    async def create(
+        folder: Path, token_text: str, datasets: Mapping[str, SourceSpec], policy: Policy | None = None
+    ) -> SiteHome:
+        """Join a federation: make keys here, have the certificate signed, write the folder.
+
+        Raises IntegrityError for a token that is malformed, expired, used or foreign, and
+        TransportError when the coordinator cannot be reached; the folder is then left empty.
+        """
+        token = pki.JoinToken.decode(token_text)
+        _new_folder(folder, "site.yaml")
+        identity, key = Identity.generate(token.site), pki.new_key()
+        request = {"site": token.site, "secret": token.secret, "public_key": identity.public.hex()}
+        request["csr"] = pki.make_csr(key, token.site).decode()
+        answer = await call_unary(token.address, token.ca_pem, None, "Enrol", request)
+        identity.save(folder / "identity.key")
+        write_private(folder / "tls.key", pki.key_pem(key))
+        (folder / "tls.pem").write_text(str(answer["certificate"]))
+        (folder / "ca.pem").write_bytes(token.ca_pem)
+        if policy is None:
+            (folder / "policy.yaml").write_text(POLICY_TEMPLATE)
+        else:
+            (folder / "policy.yaml").write_text(yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False))
+        host = token.address.rsplit(":", 1)[0]
+        config = SiteConfig(
+            name=token.site, address=f"{host}:{int(answer['port'])}", coordinator_key=str(answer["coordinator_key"]),
+            datasets=datasets,
+        )  # fmt: skip
+        (folder / "site.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        return SiteHome(folder)
+
+    def journal(self) -> Journal:
+        """The site's journal, made on first use (mode 0600)."""
+        path = self.folder / "journal.db"
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        return Journal(path, self.identity.name, self.identity.public, self.identity.sign)
+
+    def data(self, plan: Plan) -> Table:
+        """The table a plan names, checked; raises SchemaError."""
+        if plan.dataset not in self.config.datasets:
+            raise PlanError(
+                "site.no-dataset", f"the site has no data set {plan.dataset!r}", field="dataset",
+                remedy="add it under 'datasets' in the site's site.yaml",
+            )  # fmt: skip
+        return read_source(self.config.datasets[plan.dataset], plan.table, self.folder)
+
+    def pair(self) -> tuple[bytes, bytes]:
+        """The TLS key and certificate; raises IntegrityError when it has expired."""
+        certificate = (self.folder / "tls.pem").read_bytes()
+        if pki.expired(certificate):
+            raise IntegrityError(
+                "certificate.expired", "this site's certificate has expired", field="tls.pem",
+                remedy="check the clock; if it is right, ask for a new invitation and enrol again",
+            )  # fmt: skip
+        return check_private(self.folder / "tls.key"), certificate
+
+    async def renew(self, call: Any, *, force: bool = False) -> bool:
+        """Renew the certificate when a third of its life is left (or by *force*); True if it was.
+
+        call: sends {"csr"} to the coordinator and returns its answer.
+        """
+        if not force and not pki.needs_renewal((self.folder / "tls.pem").read_bytes()):
+            return False
+        key = pki.load_key(check_private(self.folder / "tls.key"))
+        answer = await call({"csr": pki.make_csr(key, self.config.name).decode()})
+        fresh = self.folder / "tls.pem.new"
+        fresh.write_text(str(answer["certificate"]))
+        await asyncio.to_thread(fresh.replace, self.folder / "tls.pem")
+        return True

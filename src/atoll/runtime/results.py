@@ -1,0 +1,138 @@
+"""What a finished run leaves behind: result.json, the model, details for the report, ledgers."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from atoll import __version__
+from atoll.contract.plan import Plan
+from atoll.contract.wire import Array, Json
+from atoll.models.linear import LinearModel
+
+PROTECTED = {
+    "plain": "Sums were made by the coordinator from each site's own share: it saw every site's share, and no row.",
+}
+
+
+def to_plain(value: Any) -> Json:
+    """*value* with numpy scalars and arrays as plain numbers and lists, and NaN as None."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return to_plain(value.tolist())
+    if isinstance(value, np.generic):
+        return to_plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def summarise(
+    run: str, plan: Plan, outcome: Mapping[str, Any], *, sites: Mapping[str, int | None], rounds: int, seconds: float,
+    transport: str, traffic: Mapping[str, int],
+) -> tuple[dict[str, Json], dict[str, Array]]:  # fmt: skip
+    """(result.json, model arrays) of a run's outcome."""
+    found, evaluation = dict(outcome["result"]), outcome["evaluation"] or {}
+    model = found.pop("model", None)
+    own = evaluation.get("own", {})
+    result: dict[str, Any] = {
+        "study": plan.name,
+        "program": plan.program,
+        "plan_hash": plan.hash,
+        "run": run,
+        "transport": transport,
+        "protection": plan.protection,
+        "seed": plan.run.seed,
+        "rounds": rounds,
+        "seconds": seconds,
+        "sites": {site: {"rows": rows} for site, rows in sites.items()},
+        "wire": dict(traffic),
+        "metrics": {
+            "federated": evaluation.get("pooled", {}),
+            "per_site": {site: {"federated": own.get(site, {})} for site in sites},
+        },
+        "privacy": {"protection": plan.protection, "unit": None, "epsilon": None,
+                    "statement": PROTECTED.get(plan.protection, "")},
+        "fitted": outcome["fitted"],
+        "curves": evaluation.get("curves", {}),
+    }  # fmt: skip
+    arrays: dict[str, Array] = {}
+    if isinstance(model, LinearModel):
+        arrays = {"weights": model.weights, "middle": model.scale.middle, "half": model.scale.half}
+        table = {key: found.pop(key) for key in ("coefficients", "table", "iterations") if key in found}
+        result["model"] = {"spec": model.spec(), "converged_rounds": table.pop("iterations", None), **table}
+    if "columns" in found:
+        result["statistics"] = {"rows": found.pop("rows"), "columns": found.pop("columns")}
+    found.pop("history", None)
+    result["output"] = found
+    return to_plain(result), arrays
+
+
+def releases(ledger: Path) -> list[dict[str, Any]]:
+    """What left a site, from its ledger, alike releases together: program, handler, what, bytes, times."""
+    counted: Counter[tuple[str, str, str]] = Counter()
+    size: Counter[tuple[str, str, str]] = Counter()
+    for line in ledger.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry["kind"] != "release":
+            continue
+        body = entry["body"]
+        what = ", ".join(_in_words(name, shape) for name, _, shape in body["fields"])
+        key = (body["program"], body["handler"], what)
+        counted[key] += 1
+        size[key] += body["bytes"]
+    return [
+        {"program": p, "handler": h, "what": w, "bytes": size[p, h, w], "times": times}
+        for (p, h, w), times in counted.items()
+    ]
+
+
+def _in_words(name: str, shape: list[int]) -> str:
+    numbers = math.prod(shape)
+    return f"{name} ({numbers} numbers)" if shape else f"{name} (1 number)"
+
+
+def details(
+    plan: Plan, metrics: list[dict[str, Any]], rounds: list[dict[str, Any]], ledgers: Mapping[str, Path]
+) -> Any:
+    """What the report shows beside result.json."""
+    history: dict[int, dict[str, Any]] = {}
+    for row in metrics:
+        history.setdefault(row["step"], {"step": row["step"]})[row["name"]] = row["value"]
+    return {
+        "history": list(history.values()),
+        "units": {name: column.unit for name, column in plan.table.columns.items() if column.unit},
+        "purpose": plan.purpose,
+        "rounds": [{k: row[k] for k in ("number", "name", "seconds")} for row in rounds],
+        "releases": {site: releases(path) for site, path in ledgers.items() if site != "coordinator"},
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "versions": {"atoll": __version__, "python": platform.python_version()},
+    }
+
+
+def write_model(folder: Path, result: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """The model in open formats: ``model.json`` (spec, coefficients in the columns' own units, metrics)
+    and ``weights.npz`` (numpy, no pickles; scaled weights with the scale's middle and half range)."""
+    if not arrays:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    card = {k: result[k] for k in ("study", "program", "plan_hash", "run", "model", "fitted", "metrics", "privacy")}
+    (folder / "model.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    with (folder / "weights.npz").open("wb") as file:
+        np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Indented JSON with a final newline."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

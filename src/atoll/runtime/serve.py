@@ -1,0 +1,149 @@
+"""Long-running parties: `atoll coordinator up` and `atoll site up`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from atoll.contract.errors import AtollError
+from atoll.contract.wire import Json
+from atoll.runtime.catalogue import load_installed, load_modules
+from atoll.runtime.coordinator import Coordinator
+from atoll.runtime.home import CoordinatorHome, SiteHome
+from atoll.runtime.results import summarise
+from atoll.runtime.site import Site
+from atoll.runtime.store import RunStore
+from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
+
+log = logging.getLogger("atoll.serve")
+POLL_S = 0.1
+"""How often a coordinator looks for requests its operator's commands left in the store."""
+
+
+class CoordinatorServer:
+    """Listens for sites and drives every submitted run, several at once."""
+
+    def __init__(self, home: CoordinatorHome, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
+        load_installed()
+        self._home, self._store = home, home.store()
+        self._events: dict[str, dict[str, Any]] = {}
+        self._tell = on_event or (lambda _: None)
+        store = self._store
+        self._transport = GrpcTransport(
+            lambda pem: home.authorise(store, pem),
+            enrol=lambda _, request: home.enrol(store, request),
+            renew=lambda site, request: home.renew(store, site, request),
+            on_connect=store.seen,
+            spool_dir=home.folder,
+        )
+        ledger = store.ledger(home.identity.public, home.identity.sign)
+        self._coordinator = Coordinator(self._transport, store, ledger, on_event=self._on_event)
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._rows: dict[str, dict[str, int]] = {}
+
+    def _on_event(self, event: dict[str, Any]) -> None:
+        if "rows" in event:
+            self._rows.setdefault(event["run"], {})[event["site"]] = event["rows"]
+        self._tell(event)
+
+    async def serve(self) -> None:
+        """Until cancelled; runs that were open when an earlier process ended are resumed."""
+        config, home = self._home.config, self._home
+        port, enrol_port = await self._transport.start(
+            config.host, config.port, config.enrol_port, home.ca.pem, home.server_pair
+        )
+        listening = home.folder / "listening.json"
+        listening.write_text(json.dumps({"port": port, "enrol_port": enrol_port, "pid": os.getpid()}))
+        self._tell({"listening": f"{config.host}:{port}", "enrolment": f"{config.host}:{enrol_port}"})
+        try:
+            while True:
+                self._take_requests()
+                await asyncio.sleep(POLL_S)
+        finally:
+            for task in self._running.values():
+                task.cancel("stopping")
+            await asyncio.gather(*self._running.values(), return_exceptions=True)
+            await self._transport.stop()
+            listening.unlink(missing_ok=True)
+            self._store.close()
+
+    def _take_requests(self) -> None:
+        for row in self._store.runs("submitted", "running"):
+            if row["run"] not in self._running:
+                self._running[row["run"]] = asyncio.create_task(self._drive(row["run"]))
+            elif row["cancel"]:
+                self._running[row["run"]].cancel()
+        known = self._store.sites()
+        for site in self._transport.sites():
+            if site not in known or known[site]["revoked"]:
+                self._transport.disconnect(site)
+
+    async def _drive(self, run: str) -> None:
+        began = time.monotonic()
+        try:
+            outcome = await self._coordinator.run(run)
+            finish(
+                self._store, self._coordinator, run, outcome, time.monotonic() - began, "grpc", self._rows.get(run, {})
+            )
+        except AtollError as error:
+            log.error("run %s failed: %s", run, error)
+        finally:
+            self._transport.traffic.pop(run, None)
+            self._tell({"run": run, "ended": self._store.run(run)["status"]})
+
+
+def finish(
+    store: RunStore, coordinator: Coordinator, run: str, outcome: Mapping[str, Any], seconds: float, transport: str,
+    rows: Mapping[str, int],
+) -> None:  # fmt: skip
+    """Store a finished run's result and model."""
+    record, traffic = store.run(run), coordinator.transport.traffic[run]
+    result, arrays = summarise(
+        run, record["plan"], outcome, sites={site: rows.get(site) for site in record["sites"]},
+        rounds=len(store.rounds(run)), seconds=seconds, transport=transport,
+        traffic={"to_sites_bytes": traffic.to_sites_bytes, "from_sites_bytes": traffic.from_sites_bytes},
+    )  # fmt: skip
+    store.finish(run, "finished", "", result, arrays)
+
+
+async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
+    """Stay connected to the coordinator and answer it, by policy, until cancelled.
+
+    Raises IntegrityError when the coordinator refuses this site (revoked, foreign, expired).
+    """
+    load_installed()
+    load_modules(home.policy.modules)
+    journal = home.journal()
+    site = Site(home.identity, journal, home.policy, home.data, bytes.fromhex(home.config.coordinator_key))
+    link = GrpcSite(
+        home.config.address, home.ca_pem, home.pair, site.handle,
+        max_message_bytes=home.policy.max_message_bytes, on_state=on_state,
+    )  # fmt: skip
+
+    async def renew(channel: Any) -> bool:
+        async def call(request: Mapping[str, Json]) -> dict[str, Any]:
+            return await on_channel(channel, "Renew", request)
+
+        return await home.renew(call)
+
+    try:
+        await link.run(renew)
+    finally:
+        journal.close()
+
+
+def pin_threads() -> None:
+    """One BLAS thread: sums then have the same bits in every process, and sites do not fight for cores."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
+
+def parent_is_gone(parent: int) -> bool:
+    """True once the process that started us has ended (we were given to another)."""
+    return os.getppid() != parent

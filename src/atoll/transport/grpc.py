@@ -1,0 +1,419 @@
+"""grpc: one outbound, bidirectional stream per site, mutual TLS, chunked with flow control.
+
+Parties: the coordinator listens, sites connect; no site ever listens. Two ports: the
+stream's, which demands a client certificate of the federation's CA, and the enrolment
+port, which a site reaches before it has one and whose certificate it checks against the
+CA in its join token. Who a site is comes from its certificate alone. Messages are bytes
+of :mod:`atoll.contract.wire` in the frames of :mod:`atoll.transport.link`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from atoll.contract.errors import AtollError, IntegrityError, ProtocolError, TransportError
+from atoll.contract.wire import HEADER_LIMIT_BYTES, Head, Json, Message, parse_json, to_json
+from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic
+from atoll.transport.link import Link, frame_id
+from atoll.transport.spool import Incoming
+
+log = logging.getLogger("atoll.transport")
+SERVICE = "atoll.Federation"
+OPTIONS = [
+    ("grpc.max_receive_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
+    ("grpc.max_send_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+]
+Unary = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
+"""Answers a unary call: (site, or "" before it has a certificate; request) → response; raises AtollError."""
+
+
+async def _until_either(*work: Awaitable[None]) -> None:
+    """Run all until the first ends, cancel the others, and raise what the first raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        done.pop().result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(link: Link, write: Callable[[bytes], Awaitable[None]]) -> None:
+    while True:
+        await write(await link.next_frame())
+
+
+# ---------------------------------------------------------------- coordinator
+
+
+class _Pending:
+    """A request that waits for its reply."""
+
+    def __init__(self, check: HeadCheck, progress: Progress | None, patience: Patience, run: str) -> None:
+        self.check, self.progress, self.patience, self.run = check, progress, patience, run
+        self.future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
+
+
+class _SiteLink:
+    """The coordinator's end of one site's link."""
+
+    def __init__(self, spool_dir: Path | None, traffic: dict[str, Traffic]) -> None:
+        self.pending: dict[bytes, _Pending] = {}
+        self.link = Link(self, spool_dir)
+        self.connection: asyncio.Task[None] | None = None
+        self._traffic = traffic
+
+    def accept(self, head: Head) -> None:
+        waiting = self.pending.get(frame_id(str(head.meta.get("re"))))
+        if waiting is None or waiting.future.done():
+            raise ProtocolError("link.unasked", "a reply to no open request")
+        waiting.check(head)
+
+    def arrived(self, incoming: Incoming) -> None:
+        frame = frame_id(str(incoming.meta["re"]))
+        self.link.control(b"A", frame)
+        waiting = self.pending.get(frame)
+        if waiting is None or waiting.future.done():
+            incoming.close()
+            return
+        self._traffic[waiting.run].from_sites_bytes += incoming.head.total_bytes
+        waiting.future.set_result(incoming)
+
+    def refused(self, head: Head, error: AtollError) -> None:
+        frame = frame_id(str(head.meta.get("re")))
+        self.link.control(b"A", frame)
+        waiting = self.pending.get(frame)
+        if waiting is not None and not waiting.future.done():
+            self._traffic[waiting.run].from_sites_bytes += head.total_bytes
+            waiting.future.set_exception(error)
+
+    def heard(self, frame: bytes, note: dict[str, Json] | None) -> None:
+        waiting = self.pending.get(frame)
+        if waiting is not None:
+            waiting.patience.heard()
+            if note is not None and waiting.progress is not None:
+                waiting.progress(note)
+
+    def acknowledged(self, frame: bytes) -> None:
+        raise ProtocolError("link.frame", "sites do not acknowledge requests")
+
+
+class GrpcTransport:
+    """The coordinator's side: a server that sites connect to."""
+
+    def __init__(
+        self,
+        authorise: Callable[[bytes], str],
+        *,
+        enrol: Unary,
+        renew: Unary,
+        on_connect: Callable[[str], None] = lambda _: None,
+        spool_dir: Path | None = None,
+    ) -> None:
+        """authorise: site name of a client certificate (PEM) that the TLS layer already verified;
+        raises IntegrityError for revoked or foreign ones. enrol, renew: answer the unary calls."""
+        self._authorise, self._enrol, self._renew, self._on_connect = authorise, enrol, renew, on_connect
+        self._spool_dir = spool_dir
+        self._links: dict[str, _SiteLink] = {}
+        self._servers: list[grpc.aio.Server] = []
+        self.traffic: dict[str, Traffic] = defaultdict(Traffic)
+
+    async def start(
+        self, host: str, port: int, enrol_port: int, ca_pem: bytes, server_pair: Callable[[], tuple[bytes, bytes]]
+    ) -> tuple[int, int]:
+        """Listen; returns the two ports (0 chooses free ones). server_pair: the current TLS (key,
+        certificate), asked for at every handshake, so that it can be renewed while running."""
+        handlers = {
+            "Connect": grpc.stream_stream_rpc_method_handler(self._connect),
+            "Renew": grpc.unary_unary_rpc_method_handler(self._unary(self._renew, known=True)),
+        }
+        enrolment = {"Enrol": grpc.unary_unary_rpc_method_handler(self._unary(self._enrol, known=False))}
+        ports = []
+        for methods, wanted, mutual in ((handlers, port, True), (enrolment, enrol_port, False)):
+            server = grpc.aio.server(options=OPTIONS)
+            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+            configuration = _configuration(server_pair, ca_pem if mutual else None)
+            credentials = grpc.dynamic_ssl_server_credentials(
+                configuration(), configuration, require_client_authentication=mutual
+            )
+            try:
+                bound = server.add_secure_port(f"{host}:{wanted}", credentials)
+            except RuntimeError:
+                bound = 0
+            if not bound:
+                raise TransportError(
+                    "transport.port", f"cannot listen on {host}:{wanted}", field="listen", remedy="choose a free port"
+                )
+            await server.start()
+            self._servers.append(server)
+            ports.append(bound)
+        return ports[0], ports[1]
+
+    async def stop(self) -> None:
+        """Close all connections and stop listening."""
+        for site in list(self._links):
+            self.disconnect(site)
+        await asyncio.gather(*(server.stop(0.2) for server in self._servers))
+
+    def disconnect(self, site: str) -> None:
+        """Close a site's connection now (it may try to come back)."""
+        link = self._links.get(site)
+        if link is not None and link.connection is not None:
+            link.connection.cancel()
+
+    def sites(self) -> Mapping[str, int]:
+        """Connected sites, with the number of their connection."""
+        return {name: end.link.generation for name, end in self._links.items() if end.connection is not None}
+
+    def _end(self, site: str) -> _SiteLink:
+        return self._links.setdefault(site, _SiteLink(self._spool_dir, self.traffic))
+
+    async def request(
+        self, site: str, message: Message, deadline_s: float, check: HeadCheck, progress: Progress | None = None
+    ) -> Incoming:
+        """See :class:`atoll.transport.base.Transport`."""
+        end, name = self._end(site), str(message.meta["id"])
+        run = str(message.meta.get("run", ""))
+        waiting = _Pending(check, progress, Patience(site, deadline_s), run)
+        end.pending[frame_id(name)] = waiting
+        self.traffic[run].to_sites_bytes += end.link.send(name, message)
+        try:
+            return await waiting.patience.wait(waiting.future)
+        finally:
+            end.link.forget(name)
+            end.pending.pop(frame_id(name), None)
+
+    async def _connect(self, requests: AsyncIterator[bytes], context: Any) -> None:
+        try:
+            site = self._authorise(context.auth_context()["x509_pem_cert"][0])
+        except AtollError as error:
+            log.warning("a connection was refused: %s", error)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, to_json(error.public()).decode())
+            return
+        end = self._end(site)
+        previous, end.connection = end.connection, asyncio.current_task()
+        if previous is not None:  # the newest connection wins: the older one is a ghost
+            previous.cancel()
+            await asyncio.wait([previous])
+        try:
+            await context.write(end.link.hello([]))
+            end.link.attach(await anext(requests))
+            self._on_connect(site)
+
+            async def read() -> None:
+                async for frame in requests:
+                    end.link.feed(frame)
+
+            await _until_either(read(), _pump(end.link, context.write))
+        except ProtocolError as error:
+            log.warning("site %s: %s", site, error)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, to_json(error.public()).decode())
+        except (StopAsyncIteration, grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
+            pass
+        finally:
+            if end.connection is asyncio.current_task():
+                end.connection = None
+
+    def _unary(self, answer: Unary, *, known: bool) -> Callable[[bytes, Any], Awaitable[bytes]]:
+        async def call(request: bytes, context: Any) -> bytes:
+            try:
+                site = self._authorise(context.auth_context()["x509_pem_cert"][0]) if known else ""
+                content = parse_json(request)
+                if not isinstance(content, dict):
+                    raise ProtocolError("enrol.malformed", "the request is not a JSON object")
+                return to_json(dict(answer(site, content)))
+            except AtollError as error:
+                log.warning("a request was refused: %s", error)
+                await context.abort(grpc.StatusCode.PERMISSION_DENIED, to_json(error.public()).decode())
+                raise
+
+        return call
+
+
+def _configuration(server_pair: Callable[[], tuple[bytes, bytes]], client_ca: bytes | None) -> Callable[[], Any]:
+    def make() -> Any:
+        return grpc.ssl_server_certificate_configuration([server_pair()], root_certificates=client_ca)
+
+    return make
+
+
+# ---------------------------------------------------------------- site
+
+
+class GrpcSite:
+    """A site's side: keeps one connection to the coordinator and answers what comes over it."""
+
+    def __init__(
+        self,
+        address: str,
+        ca_pem: bytes,
+        pair: Callable[[], tuple[bytes, bytes]],
+        endpoint: Endpoint,
+        *,
+        max_message_bytes: int,
+        on_state: Callable[[str], None] = lambda _: None,
+        retry_s: float = 5.0,
+    ) -> None:
+        """pair: the current TLS (key, certificate), asked for at every connection."""
+        self._address, self._ca, self._pair, self._endpoint = address, ca_pem, pair, endpoint
+        self._limit, self._on_state, self._retry_s = max_message_bytes, on_state, retry_s
+        self._pool = ThreadPoolExecutor(32, thread_name_prefix="request")
+        self._busy: set[bytes] = set()
+        self._answered: dict[bytes, str] = {}
+        self._link: Link | None = None
+
+    async def run(self, renew: Callable[[grpc.aio.Channel], Awaitable[bool]] | None = None) -> None:
+        """Stay connected until cancelled. *renew* may renew the certificate over the channel and
+        return True to reconnect. Raises IntegrityError when the coordinator refuses this site."""
+        self._loop = asyncio.get_running_loop()
+        self._link = Link(self)
+        wait_s = 0.05
+        while True:
+            async with _channel(self._address, self._ca, self._pair()) as channel:
+                try:
+                    if renew is not None and await renew(channel):
+                        continue
+                    await self._stay(channel, self._link)
+                    wait_s = 0.05
+                except grpc.aio.AioRpcError as error:
+                    _raise_refusal(error)
+                    log.info("not connected: %s", error.details())
+                except ProtocolError as error:
+                    log.warning("%s", error)
+            self._on_state("disconnected")
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, self._retry_s)
+
+    async def _stay(self, channel: grpc.aio.Channel, link: Link) -> None:
+        call = channel.stream_stream(f"/{SERVICE}/Connect")()
+        try:
+            await call.write(link.hello([*self._busy, *self._answered]))
+            first = await call.read()
+            if first is grpc.aio.EOF:
+                raise ProtocolError("link.no-hello", "the coordinator closed the connection")
+            link.attach(first)
+            self._on_state("connected")
+
+            async def read() -> None:
+                while (frame := await call.read()) is not grpc.aio.EOF:
+                    link.feed(frame)
+
+            await _until_either(read(), _pump(link, call.write))
+        except asyncio.InvalidStateError:  # writing to a call that just ended: its status says why
+            pass
+        finally:
+            call.cancel()
+        if await call.code() not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
+            raise grpc.aio.AioRpcError(await call.code(), None, None, details=await call.details())
+
+    # -- the link's owner
+
+    def accept(self, head: Head) -> None:
+        if head.total_bytes > self._limit:
+            raise ProtocolError(
+                "site.too-large", "the task is larger than the site's policy allows", field="max_message_bytes",
+                remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
+            )  # fmt: skip
+
+    def arrived(self, incoming: Incoming) -> None:
+        name = str(incoming.meta.get("id"))
+        if frame_id(name) in self._busy or frame_id(name) in self._answered:
+            return
+        self._busy.add(frame_id(name))
+        self._loop.run_in_executor(self._pool, self._work, incoming.message(), name)
+
+    def refused(self, head: Head, error: AtollError) -> None:
+        self._answer(str(head.meta.get("id")), Message("failure", {"re": head.meta.get("id"), **error.public()}))
+
+    def heard(self, frame: bytes, note: dict[str, Json] | None) -> None:
+        """The site has no patience to keep."""
+
+    def acknowledged(self, frame: bytes) -> None:
+        name = self._answered.pop(frame, None)
+        if name is not None and self._link is not None:
+            self._link.forget(name)
+
+    def _work(self, message: Message, name: str) -> None:
+        frame = frame_id(name)
+
+        def tell(note: Mapping[str, Json]) -> None:
+            self._loop.call_soon_threadsafe(self._progress, frame, to_json(dict(note)))
+
+        reply = self._endpoint(message, tell)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: the process is going down
+            self._loop.call_soon_threadsafe(self._answer, name, reply)
+
+    def _progress(self, frame: bytes, note: bytes) -> None:
+        if self._link is not None:
+            self._link.control(b"P", frame, note)
+
+    def _answer(self, name: str, reply: Message) -> None:
+        frame = frame_id(name)
+        self._busy.discard(frame)
+        if self._link is not None:
+            self._answered[frame] = name
+            self._link.send(name, reply)
+
+
+def _channel(address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None) -> grpc.aio.Channel:
+    key, certificate = pair or (None, None)
+    credentials = grpc.ssl_channel_credentials(ca_pem, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+
+
+def _raise_refusal(error: grpc.aio.AioRpcError) -> None:
+    """Raise the AtollError the coordinator refused us with, if that is what it is."""
+    if error.code() == grpc.StatusCode.PERMISSION_DENIED:
+        record = parse_json((error.details() or "").encode())
+        raise AtollError.from_public(record if isinstance(record, dict) else {})
+    if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
+        raise IntegrityError(
+            "tls.wrong-authority", "the coordinator's certificate is not of this federation's CA",
+            remedy="check the address; if the coordinator was set up anew, enrol again",
+        )  # fmt: skip
+
+
+async def call_unary(
+    address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None, method: str, request: Mapping[str, Json],
+    deadline_s: float = 20.0,
+) -> dict[str, Any]:  # fmt: skip
+    """One unary call ("Enrol" or "Renew") as a site; raises the AtollError it was refused with, or TransportError."""
+    async with _channel(address, ca_pem, pair) as channel:
+        return await on_channel(channel, method, request, deadline_s)
+
+
+async def on_channel(
+    channel: grpc.aio.Channel, method: str, request: Mapping[str, Json], deadline_s: float = 20.0
+) -> dict[str, Any]:
+    """As :func:`call_unary`, on an open channel."""
+    try:
+        reply = await channel.unary_unary(f"/{SERVICE}/{method}")(
+            to_json(dict(request)), timeout=deadline_s, wait_for_ready=True
+        )
+    except grpc.aio.AioRpcError as error:
+        _raise_refusal(error)
+        raise TransportError(
+            "transport.unreachable", f"the coordinator cannot be reached ({error.code().name.lower()})",
+            remedy="check address, firewall and clock, and that `atoll coordinator up` is running",
+        ) from None  # fmt: skip
+    content = parse_json(reply)
+    if not isinstance(content, dict):
+        raise ProtocolError("enrol.malformed", "the coordinator's answer is not a JSON object")
+    return content
