@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.errors import ProtocolError
-from atoll.contract.wire import Array, ArraySpec, Json
+from atoll.contract.wire import DTYPES, Array, ArraySpec, Json
 
 # ---------------------------------------------------------------- fields
 
@@ -58,11 +58,13 @@ class Field:
     @staticmethod
     def from_json(value: Json) -> Field:
         """Inverse of :meth:`to_json`; raises ProtocolError on anything else."""
-        try:
-            dtype, shape, bound, step, group, limit_bytes = value
-            return Field(str(dtype), tuple(shape), bound, step, bool(group), int(limit_bytes))
-        except (TypeError, ValueError):
-            raise ProtocolError("task.field", "a task declares a malformed reply field") from None
+        match value:
+            case [str(dtype), list(shape), bound, step, bool(group), int(limit_bytes)] if dtype in DTYPES:
+                sizes = shape[1:] if shape and shape[0] is None else shape
+                numbers = all(n is None or (isinstance(n, int | float) and n >= 0) for n in (bound, step))
+                if numbers and all(type(n) is int and n >= 0 for n in sizes):
+                    return Field(dtype, tuple(shape), bound, step, group, limit_bytes)
+        raise ProtocolError("task.field", "a task declares a malformed reply field")
 
 
 def _shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -270,18 +272,25 @@ Reply = Mapping[str, Any]
 def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, NDArray[Any]]:
     """A handler's reply as arrays of exactly the declared fields, dtypes and shapes.
 
-    Raises ProtocolError for missing or additional fields, wrong shapes, and reals given
-    where counts are declared.
+    Raises ProtocolError for missing or additional fields, wrong shapes, values that are not
+    numbers or do not fit the dtype, and reals given where counts are declared.
     """
     if set(reply) != set(fields):
         odd = sorted(set(reply) ^ set(fields))
         raise ProtocolError("reply.fields", "a handler's reply has other fields than declared", field=", ".join(odd))
     arrays: dict[str, NDArray[Any]] = {}
     for name, declared in fields.items():
-        value = np.asarray(reply[name])
+        try:
+            value = np.asarray(reply[name])
+        except ValueError:  # ragged lists
+            raise ProtocolError("reply.shape", "a handler gave no array", field=name) from None
+        if value.dtype.kind not in "fiub":
+            raise ProtocolError("reply.dtype", "a handler gave values that are not numbers", field=name)
         if value.dtype.kind == "f" and np.dtype(declared.dtype).kind in "iu":
             raise ProtocolError("reply.dtype", "a handler gave reals where counts are declared", field=name)
         array = np.ascontiguousarray(value, dtype=declared.dtype).reshape(value.shape)
+        if array.dtype.kind in "iub" and array.dtype != value.dtype and not np.array_equal(array, value):
+            raise ProtocolError("reply.dtype", f"a handler gave values beyond {declared.dtype}", field=name)
         declared.check(name, ArraySpec(name, declared.dtype, array.shape))
         arrays[name] = array
     return arrays

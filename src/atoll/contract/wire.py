@@ -57,10 +57,22 @@ def _no_constants(name: str) -> Json:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
 def parse_json(data: bytes) -> Json:
-    """Parse strict JSON; raises ProtocolError for anything else (bad UTF-8, NaN, deep nesting)."""
+    """Parse strict JSON, so that it can be said again; raises ProtocolError for anything else
+    (bad UTF-8, half a surrogate pair, NaN, numbers that overflow, deep nesting)."""
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constants)
+        text = data.decode("utf-8")
+        value = json.loads(text, parse_float=_finite, parse_constant=_no_constants)
+        if "\\u" in text:
+            to_json(value)  # raises for half a surrogate pair
+        return value
     except (ValueError, RecursionError):
         raise ProtocolError(
             "wire.bad-header", "a message header is not valid JSON", remedy="use the same Atoll version at both ends"
@@ -118,6 +130,8 @@ def body_parts(arrays: Mapping[str, Array]) -> tuple[list[list[Json]], list[memo
         array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(array.shape)
         if array.dtype.str not in DTYPES:
             raise ProtocolError("wire.bad-dtype", f"arrays of dtype {array.dtype} cannot be sent", field=name)
+        if array.ndim > MAX_DIMENSIONS:
+            raise ProtocolError("wire.bad-array", f"arrays of {array.ndim} dimensions cannot be sent", field=name)
         specs.append([name, array.dtype.str, list(array.shape)])
         if array.nbytes:
             parts.append(memoryview(array.reshape(-1).view(np.uint8).data))

@@ -51,8 +51,11 @@ class _Step(BaseModel):
 
 
 def _column(schema: TableSchema, name: str) -> Column:
-    if name not in schema.columns:
+    """A numeric column that the table really holds; raises PlanError for any other."""
+    if name not in schema.columns or schema.columns[name].role == "ignore":
         raise PlanError("recipe.no-column", f"the recipe names a column {name!r} that is not there", field=name)
+    if not schema.columns[name].numeric:
+        raise PlanError("recipe.not-numeric", f"{name!r} is not numeric", field=name, remedy="leave the column out")
     return schema.columns[name]
 
 
@@ -65,6 +68,11 @@ class Threshold(_Step):
 
     def after(self, schema: TableSchema) -> TableSchema:
         source = _column(schema, self.column)
+        if self.into != self.column and self.into in schema.columns:
+            raise PlanError(
+                "recipe.column-exists", f"there is a column {self.into!r} already", field=self.into,
+                remedy="choose another name for into",
+            )  # fmt: skip
         made = Column(dtype="integer", values=(0, 1), role=source.role, missing=source.missing)
         columns = {name: column for name, column in schema.columns.items() if name != self.column}
         return schema.model_copy(update={"columns": {**columns, self.into: made}})
@@ -99,8 +107,6 @@ class Impute(_Step):
     def after(self, schema: TableSchema) -> TableSchema:
         filled = {name: _column(schema, name).model_copy(update={"missing": "forbid"}) for name in self.columns}
         for name, column in filled.items():
-            if not column.numeric:
-                raise PlanError("recipe.not-numeric", f"{name!r} is not numeric: it has no mean", field=name)
             if column.values is not None:  # a mean is not one of the codes, but lies between them
                 low, high = column.bounds()
                 filled[name] = column.model_copy(update={"values": None, "range": (low, high), "dtype": "real"})
@@ -119,8 +125,8 @@ STEPS: dict[str, type[Any]] = {"threshold": Threshold, "impute": Impute}
 class Prepared:
     """A recipe made ready: its steps, grouped into stages that can be fitted together.
 
-    A stage ends before a step that needs statistics of columns an earlier step of the
-    stage, itself waiting for statistics, changes.
+    A stage's statistics are those of the table before its first step that waits for any, so
+    it ends before a step that needs columns which that step, or one after it, may change.
     """
 
     version: ClassVar[str] = "1"
@@ -140,11 +146,13 @@ class Prepared:
         """Step numbers by stage: all statistics of one stage are fetched in one go."""
         stages: list[list[int]] = [[]]
         waiting: set[str] = set()
+        changed = False
         for number, step in enumerate(self.steps):
-            if waiting & set(step.needs()):
+            if step.needs() and (changed or waiting & set(step.needs())):
                 stages.append([])
-                waiting = set()
+                waiting, changed = set(), False
             stages[-1].append(number)
+            changed |= bool(waiting) and not step.needs()
             waiting |= set(step.needs())
         return [stage for stage in stages if stage]
 

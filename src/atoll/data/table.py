@@ -79,6 +79,9 @@ def hold_out(labels: NDArray[Any] | None, num_rows: int, fraction: float, seed: 
     if labels is None:
         strata = [np.arange(num_rows)]
     else:
+        if labels.dtype == object:  # text: None has no place in an order, so it is put after all others
+            order = {value: code for code, value in enumerate(sorted(set(labels) - {None}))}
+            labels = np.array([order.get(value, len(order)) for value in labels], np.int64)
         _, codes = np.unique(labels, return_inverse=True)
         strata = [np.flatnonzero(codes == code) for code in range(codes.max(initial=-1) + 1)]
     for rows in strata:

@@ -83,4 +83,4 @@ class FedAvg:
                 weights -= p.learning_rate * design[batch].T @ error / len(batch)
             site.progress(epoch + 1, p.local_epochs)
         change = np.clip(weights - task["weights"], -p.clip, p.clip)
-        return Update.of({"weights": change, "loss": np.minimum(loss, p.clip)}, len(y)).reply()
+        return Update.of({"weights": change, "loss": np.clip(loss, -p.clip, p.clip)}, len(y)).reply()

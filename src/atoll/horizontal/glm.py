@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import stats
+from scipy import linalg, stats
 
 from atoll.contract.errors import PlanError, ProtocolError, SchemaError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
@@ -33,6 +33,10 @@ from atoll.contract.wire import Array
 from atoll.models.linear import Family, LinearModel, feature_bounds, xy
 
 Floats = NDArray[np.float64]
+DEPENDENT = 1e-12
+"""Features are dependent when the Hessian, scaled to a diagonal of ones, has an eigenvalue below this."""
+VANISHED = 1e-8
+"""Labels are separated when the fit leaves a direction less than this share of its first curvature."""
 
 
 @program("horizontal.glm", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
@@ -59,17 +63,27 @@ class Glm:
         """Returns {"model", "table": one row per coefficient, "rows", "iterations", …}."""
         model, rows = self._model(cohort.schema), cohort.schema.max_rows
         low, high = feature_bounds(cohort.schema, model.target)
-        reach = max(abs(low), abs(high), 1.0)
-        labels = yield Round("labels", Sum(), {"n": count(bound=rows, group=True), "y": real(2, bound=rows * reach**2)})
-        n, (y_sum, y_squares) = int(labels["n"]), labels["y"]
-        self._check_labels(n, float(y_sum), float(y_squares))
+        middle, half, reach = (low + high) / 2, (high - low) / 2, max(abs(low), abs(high), 1.0)
+        fields = {
+            "n": count(bound=rows, group=True),
+            "y": real(bound=rows * half, step=1e-9 * half),
+            "y_squares": real(bound=rows * half**2, step=1e-9 * half**2),
+        }
+        labels = yield Round("labels", Sum(), fields)
+        n, y_sum = int(labels["n"]), float(labels["y"])
+        self._check_labels(n, y_sum, float(labels["y_squares"]))
         weights = np.zeros(1 + len(model.features))
-        weights[0] = _link(model.family, float(y_sum) / n)
+        weights[0] = _link(model.family, middle + y_sum / n)
         penalty = self.params.l2 * np.append(0.0, 1 / model.scale.half) ** 2
         loss, step, history = math.inf, np.zeros_like(weights), []
+        summed: tuple[str, ...] = ()
         for iteration in range(self.params.max_iterations):
             fields = _fields(model, weights, rows, reach)
             total = yield Round("newton", Sum(), fields, {"weights": weights})
+            n = int(total["n"])
+            self._check_rows(n)
+            if total.sites != summed:  # a site dropped out or came back: losses before are of other rows
+                loss, summed = math.inf, total.sites
             now = float(total["loss"]) + float(penalty @ weights**2) / 2
             history.append(now / n)
             yield Metrics(iteration, {"loss": now / n})
@@ -78,10 +92,17 @@ class Glm:
                 continue
             gradient = total["gradient"] + penalty * weights
             hessian = _full(total["hessian"], len(weights)) + np.diag(penalty)
-            loss, step = now, _solve(hessian, -gradient)
+            if iteration == 0:
+                first = hessian
+            self._check_curvature(hessian, first, now)
+            loss, step = now, np.linalg.solve(hessian, -gradient)
             decrement = float(-gradient @ step) / n
             weights = weights + step
-            if decrement < self.params.tolerance * max(1.0, abs(loss / n)):
+            scale, floor = max(1.0, abs(loss / n)), 0.0
+            if model.family == "linear":  # in units of the target; no closer than its rounding errors allow
+                scale, floor = abs(history[0]), (16 * np.finfo(float).eps * reach) ** 2
+            if decrement < self.params.tolerance * scale + floor:
+                self._check_separation(hessian, first)
                 return self._result(model.with_weights(weights), hessian, loss, n, iteration + 1, history)
         raise ProtocolError(
             "glm.not-converged",
@@ -90,16 +111,45 @@ class Glm:
             remedy="a feature may separate the labels: set l2 > 0, drop it, or allow more iterations",
         )
 
-    def _check_labels(self, n: int, y_sum: float, y_squares: float) -> None:
+    def _check_rows(self, n: int) -> None:
         if n <= len(self.params.features) + 1:
-            raise PlanError("glm.too-few-rows", "fewer rows than coefficients", field="features")
-        if y_squares - y_sum**2 / n <= 1e-12 * max(y_squares, 1.0):
+            raise PlanError(
+                "glm.too-few-rows", "the cohort has no more rows than coefficients", field="features",
+                remedy="use fewer features, or more sites",
+            )  # fmt: skip
+
+    def _check_labels(self, n: int, y_sum: float, y_squares: float) -> None:
+        """y_sum, y_squares: of y less the middle of its range."""
+        self._check_rows(n)
+        if y_squares - y_sum**2 / n <= 1e-12 * y_squares:
             raise SchemaError(
                 "schema.constant-label",
                 f"the target {self.params.target!r} has the same value in every row of the cohort",
                 field=self.params.target,
                 remedy="choose another target, or more sites",
             )
+
+    def _check_curvature(self, hessian: Floats, first: Floats, loss: float) -> None:
+        """Refuse a Hessian that has lost a direction: features that depend on each other, or, once the
+        weights have moved, labels that the features separate. A loss below log 2 proves the latter:
+        every row is then on its own side, and no finite weights are best (Albert & Anderson 1984)."""
+        if self.params.family == "logistic" and self.params.l2 == 0 and loss < math.log(2):
+            raise _separable()
+        size = np.sqrt(np.diag(hessian))
+        if not size.all() or np.linalg.eigvalsh(hessian / np.outer(size, size))[0] < DEPENDENT:
+            if self.params.family != "linear" and hessian is not first:
+                raise _separable()
+            raise ProtocolError(
+                "glm.singular", "the features are linearly dependent", field="features",
+                remedy="drop a constant or repeated feature, or set l2 > 0",
+            )  # fmt: skip
+
+    def _check_separation(self, hessian: Floats, first: Floats) -> None:
+        """Refuse "convergence" on the way to infinity: some direction's curvature has all but vanished."""
+        if self.params.family != "linear" and self.params.l2 == 0:
+            left = linalg.eigh(hessian, first, eigvals_only=True, subset_by_index=[0, 0])
+            if left[0] < VANISHED:
+                raise _separable()
 
     def _result(
         self, model: LinearModel, hessian: Floats, loss: float, n: int, iterations: int, history: list[float]
@@ -127,14 +177,18 @@ class Glm:
 
     @handler("labels")
     def labels(self, site: SiteView, task: Task) -> Reply:
-        """At the site: number of training rows, Σy and Σy²."""
-        y = site.table[self._model(site.table.schema).target]
-        if np.isnan(y).all():
+        """At the site: number of training rows, and Σ(y − m), Σ(y − m)² about the middle m of y's range."""
+        model = self._model(site.table.schema)
+        y = site.table[model.target]
+        if len(y) and np.isnan(y).all():
             raise SchemaError(
                 "schema.no-labels", "every label is missing", field=self.params.target, remedy="check the label column"
             )
-        y = np.concatenate([batch for _, batch in xy(self._model(site.table.schema), site.table)])
-        return {"n": len(y), "y": np.array([y.sum(), (y**2).sum()])}
+        for _ in xy(model, site.table):
+            pass  # refuses missing cells
+        low, high = feature_bounds(site.table.schema, model.target)
+        y = y - (low + high) / 2
+        return {"n": len(y), "y": y.sum(), "y_squares": (y**2).sum()}
 
     @handler("newton")
     def newton(self, site: SiteView, task: Task) -> Reply:
@@ -150,7 +204,7 @@ class Glm:
             gradient += design.T @ (mean - y)
             hessian += (design * model.curvature(mean)[:, None]).T @ design
             site.progress(done := done + len(y), len(site.table))
-        return {"loss": loss, "gradient": gradient, "hessian": hessian[np.triu_indices(size)]}
+        return {"n": done, "loss": loss, "gradient": gradient, "hessian": hessian[np.triu_indices(size)]}
 
 
 def _link(family: Family, mean: float) -> float:
@@ -167,6 +221,7 @@ def _fields(model: LinearModel, weights: Floats, rows: int, reach: float) -> dic
     loss = {"linear": (reach + eta) ** 2, "logistic": 1 + eta, "poisson": mean + reach * eta}[model.family]
     size = len(weights)
     return {
+        "n": count(bound=rows, group=True),
         "loss": real(bound=rows * loss, step=1e-9),
         "gradient": real(size, bound=rows * (mean + reach), step=1e-9),
         "hessian": real(size * (size + 1) // 2, bound=rows * curvature, step=1e-9),
@@ -179,11 +234,8 @@ def _full(upper: Array, size: int) -> Floats:
     return matrix + np.triu(matrix, 1).T
 
 
-def _solve(hessian: Floats, right: Floats) -> Floats:
-    try:
-        return np.asarray(np.linalg.solve(hessian, right))
-    except np.linalg.LinAlgError:
-        raise ProtocolError(
-            "glm.singular", "the features are linearly dependent", field="features",
-            remedy="drop a constant or repeated feature, or set l2 > 0",
-        ) from None  # fmt: skip
+def _separable() -> ProtocolError:
+    return ProtocolError(
+        "glm.separable", "the features separate the labels, so that no finite coefficients fit best", field="features",
+        remedy="set l2 > 0, or drop the feature that gives the labels away",
+    )  # fmt: skip

@@ -41,10 +41,10 @@ class Scale:
 
 def feature_bounds(schema: TableSchema, name: str) -> tuple[float, float]:
     """[lowest, highest] of a numeric column; raises PlanError if it is absent or has none."""
-    column = schema.columns.get(name)
-    if column is None or not column.numeric:
-        raise PlanError("plan.bad-column", f"{name!r} is not a numeric column of the prepared table", field=name)
-    low, high = column.bounds()
+    if name not in schema.numeric_columns():
+        text = f"{name!r} is not a numeric feature or label of the prepared table"
+        raise PlanError("plan.bad-column", text, field=name, remedy="check the plan's column names against the schema")
+    low, high = schema.columns[name].bounds()
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -55,8 +54,8 @@ class Policy(BaseModel):
             roster="automatic",
         )  # fmt: skip
 
-    def check_plan(self, plan: Plan, cohort: Mapping[str, str]) -> None:
-        """Raise PolicyError listing everything in *plan* that this policy forbids; cohort: site → key."""
+    def check_plan(self, plan: Plan, num_sites: int) -> None:
+        """Raise PolicyError listing everything in *plan* that this policy forbids, for a cohort of *num_sites*."""
         problems: list[AtollError] = []
         if not self._allows(self.purposes, plan.purpose):
             problems.append(_refused("policy.purpose", f"purpose {plan.purpose!r} is not allowed", "purposes"))
@@ -64,7 +63,7 @@ class Policy(BaseModel):
             problems.append(
                 _refused("policy.protection", f"protection {plan.protection!r} is not allowed", "protections")
             )
-        if len(cohort) < self.min_sites:
+        if num_sites < self.min_sites:
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
         refuse_all(PolicyError, "policy.refused", problems)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
+
+from threadpoolctl import threadpool_limits
 
 from atoll.contract.errors import AtollError
 from atoll.contract.wire import Json
@@ -139,11 +143,18 @@ async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
 
 def pin_threads() -> None:
     """One BLAS thread: sums then have the same bits in every process, and sites do not fight for cores."""
-    from threadpoolctl import threadpool_limits
-
     threadpool_limits(1)
 
 
-def parent_is_gone(parent: int) -> bool:
-    """True once the process that started us has ended (we were given to another)."""
-    return os.getppid() != parent
+async def until_ended(work: Coroutine[Any, Any, None], parent: int = 0) -> None:
+    """Run *work* until it ends, the process is told to terminate, or the process *parent* is gone."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    while not task.done():
+        await asyncio.wait([task], timeout=1.0)
+        if parent and os.getppid() != parent:
+            task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        task.result()

@@ -1,15 +1,19 @@
 """Describe: count, missing, mean, variance and protected extremes of every numeric column.
 
-Parties: sites and coordinator. Messages: one round, one Sum. The coordinator learns, of
+Parties: sites and coordinator. Messages: one round, one Sum; a second one, about the mean,
+where a column's spread is so small that the first lost digits. The coordinator learns, of
 the cohort's total: rows, non-missing counts, first and second moments, and a histogram
 over the schema's range; under ``plain`` also each site's share of them. Minimum and
 maximum are never released: ``low`` and ``high`` are the outer edges of the outermost
-histogram bins that, counted from that end, hold at least *tail_rows* rows. Threat model: as
-the plan's protection. Dropout: the statistics of the survivors. Cost: one round,
+histogram bins that, counted from that end, hold at least *tail_rows* rows; the returned
+histogram ends there too, with the rows beyond counted in its outer bins. Threat model: as the
+plan's protection. Dropout: the statistics of the survivors. Cost: one round (or two),
 (bins + 3) · 8 bytes a column and site.
 
-Moments are taken about the middle m of the schema's range, S1 = Σ(x − m) and
-S2 = Σ(x − m)²: shifted data lose no digits (Chan, Golub & LeVeque 1983, §1).
+Moments are taken about the middle m of the schema's range, in units of half of it:
+S1 = Σz and S2 = Σz² with z = (x − m)/h. Shifted data keep their digits (Chan, Golub &
+LeVeque 1983, §1) unless the standard deviation is below a thousandth of the mean's
+distance from m; then the mean itself is the shift (the corrected two-pass algorithm, ibid.).
 """
 
 from __future__ import annotations
@@ -27,11 +31,13 @@ from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 
+LOST = 1e-6
+"""A variance below this share of the mean square is computed anew about the mean."""
+
 
 def _grid(schema: TableSchema, names: tuple[str, ...]) -> tuple[Array, Array]:
     """(lowest, highest), each [num_columns], from the schema; raises PlanError for other columns."""
-    bad = [name for name in names if name not in schema.columns or not schema.columns[name].numeric]
-    if bad:
+    if bad := sorted(set(names) - set(schema.numeric_columns())):
         raise PlanError("plan.bad-column", "describe needs numeric columns of the schema", field=", ".join(bad))
     low, high = np.array([schema.columns[name].bounds() for name in names], float).reshape(-1, 2).T
     return low, np.where(high > low, high, low + 1)
@@ -56,63 +62,86 @@ class Describe:
         return self.params.columns or schema.numeric_columns()
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
-        """Returns {"columns": {name: {...}}, "rows": total rows}."""
+        """Returns {"columns": {name: {...}}, "rows": total rows}; low, high and the histogram between
+        them are NaN and empty for columns with fewer than 2 · tail_rows values."""
         names, rows = self._names(cohort.schema), cohort.schema.max_rows
         low, high = _grid(cohort.schema, names)
-        reach = float(((high - low) / 2).max(initial=0))
-        size = len(names)
-        total = yield Round(
-            "moments",
-            Sum(),
-            {
-                "rows": count(bound=rows, group=True),
-                "count": count(size, bound=rows),
-                "s1": real(size, bound=rows * reach, step=1e-9 * max(reach, 1e-3)),
-                "s2": real(size, bound=rows * reach**2, step=1e-9 * max(reach, 1e-3) ** 2),
-                "histogram": count((size, self.params.bins), bound=rows),
-            },
-        )
-        all_rows = int(total["rows"])
-        columns = {
-            name: self._column(all_rows, float(low[i]), float(high[i]), {k: v[i] for k, v in total.items() if v.ndim})
-            for i, name in enumerate(names)
+        size, middle, half = len(names), (low + high) / 2, (high - low) / 2
+        fields = {
+            "rows": count(bound=rows, group=True),
+            "count": count(size, bound=rows, group=True),
+            "s1": real(size, bound=rows, step=1e-9),
+            "s2": real(size, bound=rows, step=1e-9),
         }
+        histogram = count((size, self.params.bins), bound=rows)
+        total = yield Round("moments", Sum(), {**fields, "histogram": histogram})
+        all_rows, counts = int(total["rows"]), total["count"]
+        mean, variance = _moments(total, middle, half)
+        if (variance < LOST * total["s2"] * half**2 / np.maximum(counts, 1)).any():
+            center = np.where(counts > 0, mean, middle)
+            fields |= {"s1": real(size, bound=2 * rows, step=1e-9), "s2": real(size, bound=4 * rows, step=1e-9)}
+            spread = yield Round("spread", Sum(), fields, {"center": center})
+            _, variance = _moments(spread, center, half)
+        columns = {}
+        for i, name in enumerate(names):
+            described = self._tails(int(counts[i]), float(low[i]), float(high[i]), total["histogram"][i])
+            moments = {"mean": float(mean[i]), "variance": float(variance[i]), "std": math.sqrt(variance[i])}
+            n = int(counts[i])
+            columns[name] = {"rows": all_rows, "count": n, "missing": all_rows - n, **moments, **described}
         return {"columns": columns, "rows": all_rows}
 
-    def _column(self, rows: int, low: float, high: float, sums: Mapping[str, Any]) -> dict[str, Any]:
-        n, middle = int(sums["count"]), (low + high) / 2
-        mean = middle + float(sums["s1"]) / n if n else math.nan
-        variance = max(float(sums["s2"] - sums["s1"] ** 2 / n) / (n - 1), 0.0) if n > 1 else math.nan
+    def _tails(self, n: int, low: float, high: float, histogram: Array) -> dict[str, Any]:
         edges = np.linspace(low, high, self.params.bins + 1)
-        histogram = np.asarray(sums["histogram"])
-        from_low, from_high = np.cumsum(histogram), np.cumsum(histogram[::-1])
-        enough = n >= self.params.tail_rows
+        bins, tail = histogram.copy(), self.params.tail_rows
+        enough = n >= 2 * tail  # with fewer, the two tails would overlap, and their ends show single rows
+        first = int(np.searchsorted(np.cumsum(bins), tail)) if enough else 0
+        end = len(bins) - int(np.searchsorted(np.cumsum(bins[::-1]), tail)) if enough else 0
+        if enough:
+            below, above = bins[:first].sum(), bins[end:].sum()
+            bins[first] += below
+            bins[end - 1] += above
         return {
-            "rows": rows,
-            "count": n,
-            "missing": rows - n,
-            "mean": mean,
-            "variance": variance,
-            "std": math.sqrt(variance) if n > 1 else math.nan,
-            "low": float(edges[np.searchsorted(from_low, self.params.tail_rows)]) if enough else math.nan,
-            "high": float(edges[::-1][np.searchsorted(from_high, self.params.tail_rows)]) if enough else math.nan,
-            "edges": edges.tolist(),
-            "histogram": histogram.tolist(),
+            "low": float(edges[first]) if enough else math.nan,
+            "high": float(edges[end]) if enough else math.nan,
+            "edges": edges[first : end + 1].tolist() if enough else [],
+            "histogram": bins[first:end].tolist(),
         }
 
     @handler("moments")
     def moments(self, site: SiteView, task: Task) -> Reply:
-        """At the site: counts, shifted moments and histogram of each column."""
-        table: TableView = site.table
-        names, bins = self._names(table.schema), self.params.bins
-        low, high = _grid(table.schema, names)
-        counts, s1, s2 = np.zeros(len(names), np.int64), np.zeros(len(names)), np.zeros(len(names))
+        """At the site: counts, moments about the middle of the range, and histogram of each column."""
+        names, bins = self._names(site.table.schema), self.params.bins
+        low, high = _grid(site.table.schema, names)
         histogram = np.zeros((len(names), bins), np.int64)
         for i, name in enumerate(names):
-            values = table[name]
-            shifted = values[~np.isnan(values)] - (low[i] + high[i]) / 2
-            counts[i], s1[i], s2[i] = len(shifted), shifted.sum(), (shifted**2).sum()
-            place = np.floor((shifted / (high[i] - low[i]) + 0.5) * bins).astype(np.int64)
+            values = site.table[name]
+            place = np.floor((values[~np.isnan(values)] - low[i]) / (high[i] - low[i]) * bins).astype(np.int64)
             histogram[i] = np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
+        return {**self._sums(site, (low + high) / 2), "histogram": histogram}
+
+    @handler("spread")
+    def spread(self, site: SiteView, task: Task) -> Reply:
+        """At the site: counts and moments of each column about the cohort's mean."""
+        return self._sums(site, task["center"])
+
+    def _sums(self, site: SiteView, center: Array) -> dict[str, Any]:
+        """Counts, Σz and Σz² of z = (x − center) / half the range, for each column."""
+        table: TableView = site.table
+        names = self._names(table.schema)
+        low, high = _grid(table.schema, names)
+        counts, s1, s2 = np.zeros(len(names), np.int64), np.zeros(len(names)), np.zeros(len(names))
+        for i, name in enumerate(names):
+            values = table[name]
+            shifted = (values[~np.isnan(values)] - center[i]) / ((high[i] - low[i]) / 2)
+            counts[i], s1[i], s2[i] = len(shifted), shifted.sum(), (shifted**2).sum()
             site.progress(i + 1, len(names))
-        return {"rows": len(table), "count": counts, "s1": s1, "s2": s2, "histogram": histogram}
+        return {"rows": len(table), "count": counts, "s1": s1, "s2": s2}
+
+
+def _moments(total: Mapping[str, Array], center: Array, half: Array) -> tuple[Array, Array]:
+    """(mean, variance), each [num_columns], from Σz and Σz²; NaN where there are too few values."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        n = np.asarray(total["count"], np.float64)
+        mean = center + half * total["s1"] / n
+        variance = half**2 * np.maximum(total["s2"] - total["s1"] ** 2 / n, 0.0) / (n - 1)
+    return np.where(n > 0, mean, np.nan), np.where(n > 1, variance, np.nan)

@@ -1,0 +1,172 @@
+"""atoll check, atoll run and atoll demo: plans tried on one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atoll.cli import demo_data, show
+from atoll.contract.errors import AtollError, PlanError, refuse_all
+from atoll.contract.plan import Plan
+from atoll.crypto.identity import verify
+from atoll.data.sources import SourceSpec, read_source
+from atoll.ledger.verify import verify_file, verify_together
+from atoll.report.html import write_report
+from atoll.runtime.catalogue import load_installed
+from atoll.runtime.sandbox import read_sites, run_sandbox
+from atoll.runtime.study import check_plan
+
+
+class TransportName(StrEnum):
+    """Where the parties run."""
+
+    local = "local"
+    grpc = "grpc"
+
+
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="The plan (YAML).")]
+SitesFile = Annotated[Path | None, typer.Option("--sites", metavar="SITES.yaml", help="Site name → source.")]
+DataDir = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder that the sources' paths are relative to.")]
+OutDir = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results go.")]
+Machine = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Transport = Annotated[TransportName, typer.Option("--transport", help="One process, or a process per party.")]
+
+
+def _load(plan_file: Path, sites_file: Path | None, data: Path) -> tuple[Plan, dict[str, SourceSpec], Path]:
+    load_installed()
+    plan = Plan.load(plan_file)
+    if sites_file is None:
+        beside = plan_file.parent / "sites.yaml"
+        sites_file = beside if beside.is_file() else None
+    sources = read_sites(sites_file) if sites_file is not None else {}
+    return plan, sources, data
+
+
+def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), machine: Machine = False) -> None:
+    """Check a plan, and every site's table against its data contract; nothing is sent anywhere."""
+    plan, sources, base = _load(plan_file, sites, data)
+    found: dict[str, Any] = {"plan": plan.name, "plan_hash": plan.hash, "problems": [], "sites": {}}
+    problems: list[AtollError] = []
+    try:
+        check_plan(plan)
+    except AtollError as error:
+        problems.append(error)
+    if sources and len(sources) < plan.cohort.min_sites:
+        problems.append(_too_few(plan, len(sources)))
+    for name, spec in sources.items():
+        try:
+            found["sites"][name] = {"rows": len(read_source(spec, plan.table, base)), "ok": True}
+        except AtollError as error:
+            found["sites"][name] = {"ok": False}
+            problems.append(error.at(site=name))
+    found["problems"] = [{**error.public(), "where": error.where} for error in problems]
+    if machine:
+        show.as_json(found)
+        raise SystemExit(1 if problems else 0)
+    show.out.print(f"plan [bold]{plan.name}[/]  {plan.program} under {plan.protection or 'no protection'}")
+    show.out.print(f"hash {plan.hash}", style="dim")
+    if found["sites"]:
+        words = {True: "keeps the contract", False: "blocked"}
+        lines = [(name, seen.get("rows", "–"), words[seen["ok"]]) for name, seen in found["sites"].items()]
+        show.rows(("site", "rows", "table"), lines)
+    refuse_all(PlanError, "check.blocked", problems)
+    show.out.print("[green]nothing blocks this plan[/]")
+
+
+def _too_few(plan: Plan, there: int) -> PlanError:
+    return PlanError(
+        "cohort.too-small", f"the plan demands {plan.cohort.min_sites} sites, and {there} are there",
+        field="cohort.min_sites", remedy="add sites, or lower min_sites",
+    )  # fmt: skip
+
+
+def run(
+    plan_file: PlanFile,
+    sites: SitesFile = None,
+    data: DataDir = Path(),
+    transport: Transport = TransportName.local,
+    out: OutDir = Path("out"),
+    seed: Annotated[int | None, typer.Option("--seed", help="Use another seed than the plan's.")] = None,
+    machine: Machine = False,
+) -> None:
+    """Run a plan in the sandbox: all sites on this machine, results and ledgers into --out."""
+    plan, sources, base = _load(plan_file, sites, data)
+    if not sources:
+        raise PlanError("sites.missing", "no SITES.yaml was given", field="sites", remedy="--sites SITES.yaml")
+    if seed is not None:
+        plan = Plan.from_json({**plan.to_json(), "run": {**plan.to_json()["run"], "seed": seed}})
+    if len(sources) < plan.cohort.min_sites:
+        raise _too_few(plan, len(sources))
+    out.mkdir(parents=True, exist_ok=True)
+    with show.progress(plan.name, quiet=machine) as tell:
+        result, details = run_sandbox(plan, sources, base, out, transport.value, tell)
+    write_report(out / "report.html", result, details)
+    if machine:
+        show.as_json(result)
+        return
+    _tell_result(result, out)
+
+
+def _tell_result(result: Mapping[str, Any], out: Path) -> None:
+    show.out.print(f"[bold]{result['study']}[/]: {result['program']} under {result['protection']}, "
+                   f"{len(result['sites'])} sites, {result['rounds']} rounds, {result['seconds']:.2f} s")  # fmt: skip
+    metrics = result["metrics"]
+    if metrics["federated"]:
+        names = [n for n in ("auc", "accuracy", "log_loss", "f1", "rmse", "mae", "r2") if n in metrics["federated"]]
+        lines: list[list[object]] = [
+            ["all sites", which, *_cells(metrics.get(which, {}), names)] for which in ("federated", "pooled")
+        ]
+        for site, found in metrics["per_site"].items():
+            lines += [[site, which, *_cells(found.get(which, {}), names)] for which in ("federated", "local")]
+        show.rows(("held-out rows of", "model", *names), lines)
+    if table := (result.get("model") or {}).get("table"):
+        names = [n for n in ("coefficient", "std_error", "z", "p_value") if n in table[0]]
+        show.rows(("coefficient of", *names), [[row["name"], *_cells(row, names)] for row in table])
+    wire = result["wire"]
+    sent, received = show.size(wire["to_sites_bytes"]), show.size(wire["from_sites_bytes"])
+    show.out.print(f"traffic: {sent} to the sites, {received} back")
+    show.out.print(f"written to [bold]{out}[/]: report.html, result.json, model/, ledger/")
+    show.out.print(f"verify the ledgers with: atoll ledger verify {out}/ledger/*.jsonl", style="dim")
+
+
+def _cells(values: Mapping[str, Any], names: list[str]) -> list[str]:
+    return ["–" if values.get(name) is None else f"{values[name]:.4g}" for name in names]
+
+
+def demo(
+    out: OutDir = Path("demo-result"), transport: Transport = TransportName.local, machine: Machine = False
+) -> None:
+    """Three hospitals, breast-cancer data: contract check, statistics, logistic regression, report, ledgers."""
+    load_installed()
+    plans, sources = demo_data.write(out)
+    for name, spec in sources.items():
+        table = read_source(spec, plans["model"].table, out)
+        if not machine:
+            show.out.print(f"[green]✓[/] {name}: {len(table)} patients, its table keeps the data contract")
+    with show.progress("statistics", quiet=machine) as tell:
+        (out / "statistics").mkdir(exist_ok=True)
+        statistics, _ = run_sandbox(plans["statistics"], sources, out, out / "statistics", transport.value, tell)
+    with show.progress("model", quiet=machine) as tell:
+        result, details = run_sandbox(plans["model"], sources, out, out, transport.value, tell)
+    result["statistics"] = statistics["statistics"]
+    write_report(out / "report.html", result, details)
+    ledgers = [verify_file(path, verify) for path in sorted((out / "ledger").glob("*.jsonl"))]
+    verify_together(ledgers, verify)
+    if machine:
+        show.as_json(result)
+        return
+    columns = statistics["statistics"]["columns"]
+    names = ["count", "missing", "mean", "std", "low", "high"]
+    show.rows(("statistics of", *names), [[column, *_cells(found, names)] for column, found in columns.items()])
+    _tell_result(result, out)
+    show.out.print("\n[bold]What left each hospital[/] (its ledger says so, signed; no patient's row ever left)")
+    for site, released in details["releases"].items():
+        show.out.print(f"  {site}")
+        for one in released:
+            times = f", {one['times']} times" if one["times"] > 1 else ""
+            show.out.print(f"    {one['program']}: {one['what']}{times}, {show.size(one['bytes'])}", style="dim")
+    show.out.print(f"[green]✓[/] {len(ledgers)} ledgers verified, alone and against each other")

@@ -1,0 +1,83 @@
+"""How the command line talks to people: errors, tables, progress. Machines get --json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from atoll.contract.errors import AtollError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def as_json(value: Any) -> None:
+    """Print *value* for a machine."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def fail(error: AtollError, *, machine: bool) -> NoReturn:
+    """Tell an error and exit with 1."""
+    if machine:
+        as_json({**error.public(), "message": error.message, "where": error.where})
+    err.print(f"[bold red]error[/] {escape(error.code)}\n{escape(str(error))}", soft_wrap=True)
+    raise SystemExit(1)
+
+
+def rows(columns: Sequence[str], lines: Sequence[Sequence[object]], title: str = "") -> None:
+    """A table."""
+    table = Table(*columns, title=title or None, title_justify="left", header_style="bold")
+    for line in lines:
+        table.add_row(*(escape(str(cell)) for cell in line))
+    out.print(table)
+
+
+def log_to_terminal(*, verbose: bool = False) -> None:
+    """Warnings (or everything) of Atoll's loggers on stderr."""
+    handler = RichHandler(console=err, show_path=False, rich_tracebacks=False)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], format="%(message)s")
+
+
+@contextmanager
+def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A live line for a run's events; *quiet* shows nothing."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=quiet) as bar:
+        line = bar.add_task(title, total=None)
+
+        def tell(event: Mapping[str, Any]) -> None:
+            if "round" in event:
+                bar.update(line, description=f"{title}: round {event['round'] + 1}, {event['name']}")
+            elif "metrics" in event:
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in event["metrics"].items())
+                bar.update(line, description=f"{title}: step {event['step'] + 1}, {shown}")
+            elif "starting" in event:
+                bar.update(line, description=f"{title}: starting {event['starting']}")
+            elif "comparing" in event:
+                bar.update(line, description=f"{title}: comparing with {event['comparing']} alone")
+            elif "waiting" in event:
+                bar.update(line, description=f"{title}: awaiting approval at {', '.join(event['waiting'])}")
+            elif "dropout" in event:
+                err.print(f"[yellow]{escape(event['dropout'])} dropped out:[/] {escape(event['reason'])}")
+
+        yield tell
+
+
+def size(number: int) -> str:
+    """Bytes for people."""
+    value = float(number)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} GB"

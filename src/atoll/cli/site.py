@@ -1,0 +1,200 @@
+"""atoll site: join a federation, run a site, decide what may happen to its data."""
+
+from __future__ import annotations
+
+import asyncio
+import getpass
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from atoll.cli import show
+from atoll.contract.errors import IntegrityError, PlanError
+from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.crypto.identity import fingerprint
+from atoll.data.sources import SourceSpec, read_source
+from atoll.runtime.catalogue import load_installed
+from atoll.runtime.home import SiteHome
+from atoll.runtime.journal import Journal
+from atoll.runtime.serve import pin_threads, serve_site, until_ended
+from atoll.runtime.study import check_plan
+
+app = typer.Typer(help="Join a federation, run a site, decide what may happen to its data.", no_args_is_help=True)
+Home = Annotated[Path, typer.Option("--home", envvar="ATOLL_SITE", help="The site's folder.")]
+Machine = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DEFAULT = Path("atoll-site")
+
+
+@app.command()
+def init(
+    token: Annotated[str, typer.Option(help="The join token, or - to read it from standard input.")],
+    home: Home = DEFAULT,
+    dataset: Annotated[list[str], typer.Option(help="NAME=FILE of a table that plans may name (repeatable).")] = [],  # noqa: B006
+) -> None:
+    """Join a federation with a token: keys are made here, and only a signing request leaves."""
+    sources = {}
+    for item in dataset:
+        name, _, path = item.partition("=")
+        sources[name] = SourceSpec(path=str(Path(path).absolute()))
+    text = typer.get_text_stream("stdin").read() if token == "-" else token  # noqa: S105
+    made = asyncio.run(SiteHome.create(home, text, sources))
+    show.out.print(f"site [bold]{made.config.name}[/] set up in {home}")
+    show.out.print(f"identity {fingerprint(made.identity.public)}  (tell the other sites' operators, out of band)")
+    show.out.print(f"next: look at {home}/policy.yaml and {home}/site.yaml, then: atoll site up --home {home}")
+
+
+@app.command()
+def up(
+    home: Home = DEFAULT,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Log more.")] = False,
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Stay connected to the coordinator and answer its requests, by policy, until stopped."""
+    show.log_to_terminal(verbose=verbose)
+    pin_threads()
+    site = SiteHome(home)
+    asyncio.run(until_ended(serve_site(site, lambda text: show.out.print(f"{site.config.name}: {text}")), parent))
+
+
+@app.command()
+def check(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="The plan (YAML).")],
+    home: Home = DEFAULT,
+    source: Annotated[Path | None, typer.Option(help="A YAML file with one source, instead of the site's own.")] = None,
+    machine: Machine = False,
+) -> None:
+    """Check the site's own table and policy against a plan, offline."""
+    load_installed()
+    plan = Plan.load(plan_file)
+    if source is not None:
+        table = read_source(validate(SourceSpec, read_yaml(source, "source"), "source"), plan.table, source.parent)
+    else:
+        site = SiteHome(home)
+        site.policy.check_plan(plan, plan.cohort.min_sites)
+        site.policy.check_program(plan.program, check_plan(plan).version)
+        table = site.data(plan)
+    if machine:
+        show.as_json({"plan": plan.name, "plan_hash": plan.hash, "rows": len(table), "ok": True})
+        return
+    show.out.print(f"[green]✓[/] {len(table)} rows keep the contract of {plan.name} ({plan.table.name})")
+
+
+def _pending(journal: Journal) -> list[tuple[str, dict[str, Any]]]:
+    return [(run, opened) for run, status, opened, _ in journal.runs() if status == "pending"]
+
+
+@app.command()
+def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
+    """Studies that wait for this site's approval."""
+    journal = SiteHome(home).journal()
+    waiting = _pending(journal)
+    journal.close()
+    if machine:
+        show.as_json([{"run": run, **opened} for run, opened in waiting])
+        return
+    if not waiting:
+        show.out.print("nothing waits for approval")
+    for run, opened in waiting:
+        plan = Plan.from_json(opened["plan"])
+        show.out.print(f"[bold]{plan.name}[/]  run {run}")
+        show.out.print(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection}")
+        show.out.print(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
+        show.out.print(f"  sites {', '.join(opened['roster'])}")
+        show.out.print(f"  plan hash {opened['hash']}", style="dim")
+        show.out.print(f"  the whole plan: atoll site pending --json; then: atoll site approve {run[:8]}", style="dim")
+
+
+def _decide(home: Path, prefix: str, decision: str) -> None:
+    journal = SiteHome(home).journal()
+    found = [run for run, status, _, _ in journal.runs() if run.startswith(prefix) and status in ("pending", "running")]
+    if len(found) != 1:
+        raise PlanError(
+            "run.unknown", f"{len(found)} open runs begin with {prefix!r}", field="run", remedy="atoll site pending"
+        )
+    opened = (journal.run(found[0]) or ("", {}, ""))[1]
+    journal.record(decision, {"run": found[0], "plan": opened["hash"], "operator": getpass.getuser()})
+    if decision == "approved":
+        journal.set_setting(f"approved {found[0]}", "yes")
+    else:
+        journal.set_status(found[0], "denied")
+    journal.close()
+    show.out.print(f"{decision} run {found[0]}")
+
+
+@app.command()
+def approve(run: Annotated[str, typer.Argument(metavar="RUN")], home: Home = DEFAULT) -> None:
+    """Approve a study that waits; it is written in the ledger with the operator's name."""
+    _decide(home, run, "approved")
+
+
+@app.command()
+def deny(run: Annotated[str, typer.Argument(metavar="RUN")], home: Home = DEFAULT) -> None:
+    """Refuse a study, or withdraw from one that runs."""
+    _decide(home, run, "denied")
+
+
+@app.command()
+def roster(
+    home: Home = DEFAULT,
+    approve: Annotated[list[str], typer.Option(help="SITE=FINGERPRINT, as its operator told you (repeatable).")] = [],  # noqa: B006
+    approve_all: Annotated[bool, typer.Option("--approve-all", help="Approve every identity shown.")] = False,
+    machine: Machine = False,
+) -> None:
+    """The identities in this site's studies: which are approved, new or changed; and approve them.
+
+    The coordinator runs the certificate authority, so a certificate alone would let it invent
+    sites: compare fingerprints with the other operators by another way.
+    """
+    site = SiteHome(home)
+    journal = site.journal()
+    approved: dict[str, str] = json.loads(journal.setting("roster") or "{}")
+    seen: dict[str, str] = {site.config.name: site.identity.public.hex()}
+    for _, _, opened, _ in journal.runs():
+        seen |= opened["roster"]
+    wanted = dict(seen) if approve_all else {}
+    for item in approve:
+        name, _, told = item.partition("=")
+        if name not in seen or fingerprint(bytes.fromhex(seen[name])) != told.strip().lower():
+            raise IntegrityError(
+                "roster.mismatch", f"the identity announced for {name!r} has another fingerprint", field=name,
+                remedy="do not approve: ask the site's operator and the coordinator's",
+            )  # fmt: skip
+        wanted[name] = seen[name]
+    if wanted:
+        approved |= wanted
+        shown = {name: fingerprint(bytes.fromhex(key)) for name, key in wanted.items()}
+        journal.record("roster", {"approved": shown, "operator": getpass.getuser()})
+        journal.set_setting("roster", json.dumps(approved))
+    journal.close()
+    lines = [
+        (name, fingerprint(bytes.fromhex(key)), _state(approved.get(name), key)) for name, key in sorted(seen.items())
+    ]
+    if machine:
+        show.as_json([dict(zip(("site", "fingerprint", "state"), line, strict=True)) for line in lines])
+    else:
+        show.rows(("site", "identity", "state"), lines)
+
+
+def _state(approved: str | None, key: str) -> str:
+    return "new" if approved is None else "approved" if approved == key else "CHANGED"
+
+
+@app.command()
+def status(home: Home = DEFAULT, machine: Machine = False) -> None:
+    """The site's studies: status, failures, and releases the coordinator has not acknowledged."""
+    journal = SiteHome(home).journal()
+    lines = [
+        {"run": run, "study": opened["plan"]["name"], "status": state, "note": note,
+         "unacknowledged": len(journal.unacknowledged(run))}
+        for run, state, opened, note in journal.runs()
+    ]  # fmt: skip
+    journal.close()
+    if machine:
+        show.as_json(lines)
+        return
+    show.rows(
+        ("run", "study", "status", "without receipt", "note"),
+        [(line["run"][:8], line["study"], line["status"], line["unacknowledged"], line["note"]) for line in lines],
+    )
