@@ -17,7 +17,7 @@ from atoll.report.html import write_report
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome
 from atoll.runtime.results import details, write_json, write_model
-from atoll.runtime.serve import CoordinatorServer, pin_threads, until_ended
+from atoll.runtime.serve import CoordinatorServer, settle, until_ended
 from atoll.runtime.study import check_plan
 
 app = typer.Typer(help="Set up, run and operate the coordinator.", no_args_is_help=True)
@@ -57,7 +57,7 @@ def up(
 ) -> None:
     """Listen for sites and drive submitted runs until stopped; open runs are resumed."""
     show.log_to_terminal(verbose=verbose)
-    pin_threads()
+    settle()
     server = CoordinatorServer(CoordinatorHome(home), _tell)
     asyncio.run(until_ended(server.serve(), parent))
 

@@ -18,7 +18,7 @@ from atoll.data.sources import SourceSpec, read_source
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import SiteHome
 from atoll.runtime.journal import Journal
-from atoll.runtime.serve import pin_threads, serve_site, until_ended
+from atoll.runtime.serve import serve_site, settle, until_ended
 from atoll.runtime.study import check_plan
 
 app = typer.Typer(help="Join a federation, run a site, decide what may happen to its data.", no_args_is_help=True)
@@ -53,7 +53,7 @@ def up(
 ) -> None:
     """Stay connected to the coordinator and answer its requests, by policy, until stopped."""
     show.log_to_terminal(verbose=verbose)
-    pin_threads()
+    settle()
     site = SiteHome(home)
     asyncio.run(until_ended(serve_site(site, lambda text: show.out.print(f"{site.config.name}: {text}")), parent))
 

@@ -19,6 +19,10 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+MAX_PARTS = 50
+MAX_DEPTH = 4
+"""Of an error's parts, as far as another party is believed."""
+
 
 class AtollError(Exception):
     """Base of all Atoll errors.
@@ -48,18 +52,27 @@ class AtollError(Exception):
     def public(self) -> dict[str, Any]:
         """What may leave a site: kind, code, field and remedy (of each part); never the message."""
         record = {"error": type(self).__name__, "code": self.code, "field": self.field, "remedy": self.remedy}
-        return {**record, "parts": [part.public() for part in self.parts[:50]]}
+        return {**record, "parts": [part.public() for part in self.parts[:MAX_PARTS]]}
 
     @staticmethod
     def from_public(record: dict[str, Any], **where: Any) -> AtollError:
-        """Rebuild the error another party reported through :meth:`public`."""
+        """Rebuild the error another party reported through :meth:`public`, whatever it sent."""
+        return AtollError._rebuilt(record, where, depth=0)
+
+    @staticmethod
+    def _rebuilt(record: dict[str, Any], where: dict[str, Any], depth: int) -> AtollError:
         kinds = {kind.__name__: kind for kind in AtollError.__subclasses__()}
         kind = kinds.get(str(record.get("error")), ProtocolError)
         code, remedy, field = (str(record.get(k) or "")[:500] for k in ("code", "remedy", "field"))
         where |= {k: record[k] for k in ("site", "round", "step", "trace") if record.get(k) not in (None, "")}
-        parts = [AtollError.from_public(part) for part in record.get("parts") or [] if isinstance(part, dict)]
+        listed = record.get("parts") if depth < MAX_DEPTH else None
+        parts = [
+            AtollError._rebuilt(part, {}, depth + 1)
+            for part in (listed[:MAX_PARTS] if isinstance(listed, list) else [])
+            if isinstance(part, dict)
+        ]
         if parts:
-            return _listed(kind, code, parts[:50]).at(**where)
+            return _listed(kind, code, parts).at(**where)
         return kind(code, "", remedy=remedy, field=field, where=where)
 
     def __str__(self) -> str:

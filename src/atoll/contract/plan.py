@@ -21,27 +21,39 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from atoll.contract.errors import AtollError, PlanError, refuse_all
 from atoll.contract.schema import TableSchema
-from atoll.contract.wire import Json, canonical_json
+from atoll.contract.wire import Json, canonical_json, parse_json, to_json
 
 M = TypeVar("M", bound=BaseModel)
 
 
+def _as_sent(value: Mapping[str, Json]) -> Mapping[str, Json]:
+    """*value* as the sites will get it; refuses what JSON cannot say, such as NaN or a date."""
+    try:
+        return dict(parse_json(to_json(dict(value))))
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("only texts (quote dates), finite numbers, true, false, null, lists and keys") from None
+
+
+Options = Annotated[Mapping[str, Json], AfterValidator(_as_sent)]
+
+
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Recipe(_Part):
     """Preparation, the same at every site: an ordered list of ``{step: name, …options}``."""
 
     version: str = "1"
-    steps: tuple[Mapping[str, Json], ...] = ()
+    steps: tuple[Options, ...] = ()
 
 
 class CohortRule(_Part):
@@ -78,7 +90,7 @@ class Plan(_Part):
     table: TableSchema = Field(alias="schema")
     recipe: Recipe = Recipe()
     program: str
-    params: Mapping[str, Json] = Field(default_factory=dict)
+    params: Options = Field(default_factory=dict)
     protection: str = ""
     cohort: CohortRule = CohortRule()
     run: RunSettings = RunSettings()
@@ -122,7 +134,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise PlanError(
             "plan.missing-file", f"there is no {what} file {path}", remedy="check the path", field=path.name
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: such as 2024-13-01
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
         raise PlanError(
@@ -152,16 +164,19 @@ def validate(model: type[M], value: Json, what: str) -> M:
         raise AssertionError from error  # pydantic errors always list at least one problem
 
 
-def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+def _known_keys(model: Any, path: tuple[int | str, ...]) -> list[str]:
     """The keys allowed at *path* inside *model* (aliases as users write them)."""
-    fields: Any = model
-    for part in path:
-        if not (isinstance(fields, type) and issubclass(fields, BaseModel)):
-            continue
-        by_name = {(f.alias or n): f.annotation for n, f in fields.model_fields.items()}
-        inner = by_name.get(str(part))
-        inner_models = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type)]
-        fields = next((a for a in inner_models if issubclass(a, BaseModel)), None)
-    if not (isinstance(fields, type) and issubclass(fields, BaseModel)):
-        return []
-    return [f.alias or n for n, f in fields.model_fields.items()]
+    fields, inside = _fields(model), model
+    for part in path:  # a field of a model; else a mapping's key or a list's index
+        inside = fields.get(str(part)) if fields else next((a for a in get_args(inside)[::-1] if a is not ...), None)
+        if isinstance(inside, UnionType):
+            inside = get_args(inside)[0]
+        fields = _fields(inside)
+    return list(fields)
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """The annotations of a model's fields, by the names users write; {} for anything else."""
+    if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        return {}
+    return {f.alias or n: f.annotation for n, f in kind.model_fields.items()}

@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
@@ -104,7 +104,19 @@ class Program(Protocol):
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps: ...
 
 
-Handler = Callable[[Any, SiteView, Task], Reply]
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A site handler as its own code declares it; a coordinator cannot ask for it in another way.
+
+    reduce: the reduction its replies are meant for. groups: reply fields that count people, to
+    each element of which the site's minimum group size applies.
+    """
+
+    answer: Callable[[Any, SiteView, Task], Reply]
+    reduce: str
+    groups: frozenset[str]
+
+
 REGISTRY: dict[str, type[Any]] = {}
 C = TypeVar("C", bound=type[Any])
 H = TypeVar("H", bound=Callable[..., Any])
@@ -121,11 +133,13 @@ def relay(steps: Steps, stamp: Callable[[Round], Round]) -> Steps:
         value = yield stamp(item) if isinstance(item, Round) else item
 
 
-def handler(name: str) -> Callable[[H], H]:
-    """Mark a method as the site's answer to rounds called *name*."""
+def handler(
+    name: str, *, reduce: Literal["sum", "gather", "stream"] = "sum", groups: tuple[str, ...] = ()
+) -> Callable[[H], H]:
+    """Mark a method as the site's answer to rounds called *name* (see :class:`Handler`)."""
 
     def mark(method: H) -> H:
-        method.__dict__["__atoll_handler__"] = name
+        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups)))
         return method
 
     return mark
@@ -141,9 +155,7 @@ def program(
     """
 
     def register(cls: C) -> C:
-        handlers = {
-            m.__atoll_handler__: m for m in vars(cls).values() if callable(m) and hasattr(m, "__atoll_handler__")
-        }
+        handlers = dict(m.__atoll_handler__ for m in vars(cls).values() if hasattr(m, "__atoll_handler__"))
         inner = cls.coordinate
 
         def coordinate(self: Any, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:

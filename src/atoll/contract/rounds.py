@@ -32,14 +32,12 @@ class Field:
     shape: exact shape; a leading None means "any length", up to *limit_bytes*.
     bound: every |element| a *single site* sends is at most this; None when not bounded.
     step: resolution; a protection may round elements to multiples of it.
-    group: True when elements count people; the site's minimum group size applies to each.
     """
 
     dtype: str
     shape: tuple[int | None, ...] = ()
     bound: float | None = None
     step: float | None = None
-    group: bool = False
     limit_bytes: int = 0
 
     def check(self, name: str, spec: ArraySpec) -> None:
@@ -53,17 +51,17 @@ class Field:
 
     def to_json(self) -> list[Json]:
         """As sent in a task, so that the site can check before anything leaves."""
-        return [self.dtype, list(self.shape), self.bound, self.step, self.group, self.limit_bytes]
+        return [self.dtype, list(self.shape), self.bound, self.step, self.limit_bytes]
 
     @staticmethod
     def from_json(value: Json) -> Field:
         """Inverse of :meth:`to_json`; raises ProtocolError on anything else."""
         match value:
-            case [str(dtype), list(shape), bound, step, bool(group), int(limit_bytes)] if dtype in DTYPES:
+            case [str(dtype), list(shape), bound, step, int(limit_bytes)] if dtype in DTYPES:
                 sizes = shape[1:] if shape and shape[0] is None else shape
                 numbers = all(n is None or (isinstance(n, int | float) and n >= 0) for n in (bound, step))
                 if numbers and all(type(n) is int and n >= 0 for n in sizes):
-                    return Field(dtype, tuple(shape), bound, step, group, limit_bytes)
+                    return Field(dtype, tuple(shape), bound, step, limit_bytes)
         raise ProtocolError("task.field", "a task declares a malformed reply field")
 
 
@@ -78,9 +76,9 @@ def real(
     return Field(dtype, _shape(shape), bound, step)
 
 
-def count(shape: int | tuple[int, ...] = (), *, bound: int | None = None, group: bool = False) -> Field:
-    """A field of counts (int64); ``group=True`` if each element counts people."""
-    return Field("<i8", _shape(shape), bound, 1, group)
+def count(shape: int | tuple[int, ...] = (), *, bound: int | None = None) -> Field:
+    """A field of counts (int64)."""
+    return Field("<i8", _shape(shape), bound, 1)
 
 
 def opaque(limit_bytes: int) -> Field:

@@ -28,7 +28,7 @@ class Column(BaseModel):
     role: what the column is for ("entity" must be unique).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dtype: DType = "real"
     unit: str = ""
@@ -70,7 +70,7 @@ class Column(BaseModel):
 class TableSchema(BaseModel):
     """Columns by name, and the most rows any site may hold (which bounds every count)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     version: str = "1"

@@ -40,17 +40,21 @@ MAX_DIMENSIONS = 8
 DTYPES = frozenset({"<f2", "<f4", "<f8", "<i2", "<i4", "<i8", "<u2", "<u4", "<u8", "|i1", "|u1", "|b1"})
 
 
+_IN_ORDER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_CANONICAL = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, sort_keys=True)
+
+
 def canonical_json(value: Json) -> bytes:
     """The one spelling of *value* that is hashed and signed (sorted keys, no spaces, no NaN).
 
     Raises ValueError for NaN or infinity and TypeError for what JSON cannot say.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _CANONICAL.encode(value).encode()
 
 
 def to_json(value: Json) -> bytes:
     """*value* as JSON in its own order (a schema's columns have one). Raises like :func:`canonical_json`."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _IN_ORDER.encode(value).encode()
 
 
 def _no_constants(name: str) -> Json:

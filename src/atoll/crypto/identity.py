@@ -7,7 +7,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -60,7 +60,12 @@ class Identity:
     @staticmethod
     def load(name: str, path: Path) -> Identity:
         """Read the key from a PEM file (mode 0600, else IntegrityError)."""
-        key = load_pem_private_key(check_private(path), None)
+        try:
+            key = load_pem_private_key(check_private(path), None)
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise IntegrityError(
+                "key.malformed", f"{path.name} holds no readable key", field=path.name, remedy="restore it from a copy"
+            ) from None
         if not isinstance(key, Ed25519PrivateKey):
             raise IntegrityError("key.type", f"{path.name} is not an Ed25519 key", field=path.name)
         return Identity(name, key)

@@ -20,7 +20,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -37,12 +37,16 @@ from atoll.crypto.identity import check_private, write_private
 SITE_LIFETIME = dt.timedelta(days=7)
 CA_LIFETIME = dt.timedelta(days=3650)
 EARLY = dt.timedelta(hours=2)
-NAME = re.compile(r"^[a-z0-9][a-z0-9_.-]{0,62}$")
+CHECKSUM_BYTES = 8
+UNREADABLE = (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm, x509.InvalidVersion)
+"""What `cryptography` raises for certificates and requests that it cannot read or believe."""
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 
 def check_name(name: str) -> str:
     """*name* if it can name a site, else IntegrityError."""
-    if not NAME.match(name) or name == "coordinator":
+    if not NAME.fullmatch(name) or name == "coordinator":
         raise IntegrityError(
             "name.malformed",
             "a site's name must be 1–63 of a-z 0-9 _ . - and not 'coordinator'",
@@ -88,11 +92,14 @@ def certificate_fingerprint(certificate_pem: bytes) -> str:
     return cert_fingerprint(x509.load_pem_x509_certificate(certificate_pem))
 
 
-def load_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+def load_key(pem: bytes, field: str = "tls.key") -> ec.EllipticCurvePrivateKey:
     """A P-256 key from PKCS #8 PEM; raises IntegrityError for any other."""
-    key = load_pem_private_key(pem, None)
+    try:
+        key = load_pem_private_key(pem, None)
+    except UNREADABLE:
+        key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise IntegrityError("key.type", "the TLS key is not a P-256 key", field="tls.key")
+        raise IntegrityError("key.type", f"{field} is not a P-256 key", field=field)
     return key
 
 
@@ -106,17 +113,18 @@ def read_site_certificate(certificate_pem: bytes, ca: CertificateAuthority) -> t
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         certificate.verify_directly_issued_by(ca.certificate)
-    except (ValueError, TypeError, InvalidSignature):
+    except UNREADABLE:
         raise IntegrityError("certificate.foreign", "the certificate is not of this federation's CA") from None
     return site_name(certificate), cert_fingerprint(certificate)
 
 
 def site_name(certificate: x509.Certificate) -> str:
     """The site a certificate was issued to; raises IntegrityError when it is not a site's."""
-    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    for uri in names.get_values_for_type(x509.UniformResourceIdentifier):
-        if uri.startswith("atoll://site/"):
-            return uri.removeprefix("atoll://site/")
+    for extension in certificate.extensions:
+        if isinstance(extension.value, x509.SubjectAlternativeName):
+            for uri in extension.value.get_values_for_type(x509.UniformResourceIdentifier):
+                if uri.startswith("atoll://site/"):
+                    return uri.removeprefix("atoll://site/")
     raise IntegrityError("certificate.not-a-site", "the certificate was not issued to a site")
 
 
@@ -151,9 +159,7 @@ class CertificateAuthority:
     @staticmethod
     def load(folder: Path) -> CertificateAuthority:
         """Read ca.key (0600) and ca.pem from *folder*."""
-        key = load_pem_private_key(check_private(folder / "ca.key"), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise IntegrityError("key.type", "ca.key is not a P-256 key", field="ca.key")
+        key = load_key(check_private(folder / "ca.key"), "ca.key")
         return CertificateAuthority(key, x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes()))
 
     def save(self, folder: Path) -> None:
@@ -170,7 +176,7 @@ class CertificateAuthority:
             csr = x509.load_pem_x509_csr(csr_pem)
             public, common = csr.public_key(), csr.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
             right = csr.is_signature_valid and [attribute.value for attribute in common] == [check_name(name)]
-        except ValueError:
+        except UNREADABLE:
             right, public = False, None
         if not right or not isinstance(public, ec.EllipticCurvePublicKey):
             raise IntegrityError("csr.wrong", "the signing request is malformed or for another name", field="csr")
@@ -273,7 +279,7 @@ class JoinToken:
         return cert_fingerprint(x509.load_pem_x509_certificate(self.ca_pem))
 
     def encode(self) -> str:
-        """As one line of text."""
+        """As one line of text, with a checksum against slips in copying."""
         ca_der = x509.load_pem_x509_certificate(self.ca_pem).public_bytes(Encoding.DER)
         body = {
             "site": self.site,
@@ -283,16 +289,23 @@ class JoinToken:
             "expires": self.expires,
             "secret": self.secret,
         }
-        return self.PREFIX + base64.urlsafe_b64encode(json.dumps(body).encode()).decode().rstrip("=")
+        content = json.dumps(body).encode()
+        content = hashlib.sha256(content).digest()[:CHECKSUM_BYTES] + content
+        return self.PREFIX + base64.urlsafe_b64encode(content).decode().rstrip("=")
 
     @staticmethod
     def decode(text: str) -> JoinToken:
         """Inverse of :meth:`encode`; raises IntegrityError for anything else or an expired token."""
         try:
-            head, raw = text.strip()[: len(JoinToken.PREFIX)], text.strip()[len(JoinToken.PREFIX) :]
+            text = "".join(text.split())
+            head, raw = text[: len(JoinToken.PREFIX)], text[len(JoinToken.PREFIX) :]
             if head != JoinToken.PREFIX:
                 raise ValueError
-            body = json.loads(base64.urlsafe_b64decode(raw + "=" * (-len(raw) % 4)))
+            content = base64.urlsafe_b64decode(raw + "=" * (-len(raw) % 4))
+            checksum, content = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
+            if hashlib.sha256(content).digest()[:CHECKSUM_BYTES] != checksum:
+                raise ValueError
+            body = json.loads(content)
             certificate = x509.load_der_x509_certificate(base64.b64decode(body["ca"], validate=True))
             if not secrets.compare_digest(cert_fingerprint(certificate), str(body["ca_sha256"])):
                 raise ValueError
@@ -303,7 +316,7 @@ class JoinToken:
                 int(body["expires"]),
                 str(body["secret"]),
             )
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        except (*UNREADABLE, KeyError, OverflowError, RecursionError):
             raise IntegrityError(
                 "token.malformed", "this is not a join token", field="token", remedy="copy the whole line again"
             ) from None

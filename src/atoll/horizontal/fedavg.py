@@ -66,7 +66,7 @@ class FedAvg:
         named = {"intercept": intercept, **dict(zip(model.features, slopes.tolist(), strict=True))}
         return {"model": model, "coefficients": named, "history": history, "iterations": p.rounds}
 
-    @handler("train")
+    @handler("train", groups=("weight",))
     def train(self, site: SiteView, task: Task) -> Reply:
         """At the site: ClientUpdate(k, w) of Algorithm 1, and the mean loss before it."""
         p, model = self.params, self._model(site.table.schema)

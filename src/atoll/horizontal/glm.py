@@ -65,7 +65,7 @@ class Glm:
         low, high = feature_bounds(cohort.schema, model.target)
         middle, half, reach = (low + high) / 2, (high - low) / 2, max(abs(low), abs(high), 1.0)
         fields = {
-            "n": count(bound=rows, group=True),
+            "n": count(bound=rows),
             "y": real(bound=rows * half, step=1e-9 * half),
             "y_squares": real(bound=rows * half**2, step=1e-9 * half**2),
         }
@@ -175,7 +175,7 @@ class Glm:
             "history": history,
         }
 
-    @handler("labels")
+    @handler("labels", groups=("n",))
     def labels(self, site: SiteView, task: Task) -> Reply:
         """At the site: number of training rows, and Σ(y − m), Σ(y − m)² about the middle m of y's range."""
         model = self._model(site.table.schema)
@@ -190,7 +190,7 @@ class Glm:
         y = y - (low + high) / 2
         return {"n": len(y), "y": y.sum(), "y_squares": (y**2).sum()}
 
-    @handler("newton")
+    @handler("newton", groups=("n",))
     def newton(self, site: SiteView, task: Task) -> Reply:
         """At the site: loss, gradient and upper triangle of the Hessian over training rows."""
         model = self._model(site.table.schema).with_weights(task["weights"])
@@ -221,7 +221,7 @@ def _fields(model: LinearModel, weights: Floats, rows: int, reach: float) -> dic
     loss = {"linear": (reach + eta) ** 2, "logistic": 1 + eta, "poisson": mean + reach * eta}[model.family]
     size = len(weights)
     return {
-        "n": count(bound=rows, group=True),
+        "n": count(bound=rows),
         "loss": real(bound=rows * loss, step=1e-9),
         "gradient": real(size, bound=rows * (mean + reach), step=1e-9),
         "hessian": real(size * (size + 1) // 2, bound=rows * curvature, step=1e-9),

@@ -14,7 +14,7 @@ from typing import Any
 
 from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
-from atoll.contract.program import build
+from atoll.contract.program import REGISTRY
 from atoll.contract.protection import Exchange, Replies, find
 from atoll.contract.rounds import (
     Arrival,
@@ -90,6 +90,7 @@ class _Run:
         roster = owner.store.roster()
         self.sites = sites or plan.cohort.sites or tuple(roster)
         self.roster = {site: roster[site] for site in self.sites if site in roster}
+        self.plan_hash, self.roster_hash = plan.hash, roster_hash(self.roster)
         self.absent: dict[str, int] = {}
         self.unanswered: dict[tuple[str, int], Round] = {}
         self.flying: dict[asyncio.Task[Incoming], tuple[str, int]] = {}
@@ -230,7 +231,7 @@ class _Run:
                 field="cohort.min_sites", remedy="enrol more sites, or lower min_sites",
             )  # fmt: skip
         async with self.owner.ledger_lock:
-            body = {"run": self.run, "plan": self.plan.hash, "study": self.plan.name, "roster": self.roster}
+            body = {"run": self.run, "plan": self.plan_hash, "study": self.plan.name, "roster": self.roster}
             self.owner.ledger.record("opened", body)
         waiting: set[str] = set()
 
@@ -252,7 +253,9 @@ class _Run:
                 waiting.discard(site)
 
         refusals = []
-        for site, answer in zip(self.sites, await _all(one(site) for site in self.sites), strict=True):
+        answers = await _all(one(site) for site in self.sites)
+        self.owner.store.set_status(self.run, "running")
+        for site, answer in zip(self.sites, answers, strict=True):
             if isinstance(answer, TransportError):
                 self.dropped(site, answer)
             elif isinstance(answer, AtollError):
@@ -260,7 +263,6 @@ class _Run:
             elif isinstance(rows := answer.meta.get("rows"), int):
                 self.tell(site=site, rows=rows)
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
-        self.owner.store.set_status(self.run, "running")
 
     async def close(self, status: str, error: AtollError | None) -> None:
         """Tell every site how the run ended, with the receipts it is still owed; best effort."""
@@ -293,7 +295,7 @@ class _Run:
             **task.to_json(),
             "name": asked.name,
             "program": asked.program,
-            "version": build(asked.program, asked.params).version,
+            "version": REGISTRY[asked.program].version,
             "params": asked.params,
             "fields": {name: declared.to_json() for name, declared in exchange.fields.items()},
             "reduce": asked.reduce.tag,
@@ -304,7 +306,7 @@ class _Run:
         check = expect("release", exchange.fields)
         incoming = await self.owner.transport.request(site, message, self.plan.run.deadline_s, check)
         public = bytes.fromhex(self.roster[site])
-        verify_release(incoming, message, public, self.plan.hash, roster_hash(self.roster))
+        verify_release(incoming, message, public, self.plan_hash, self.roster_hash)
         self.owed[site] = self.owed.get(site, [])[len(owed) :]
         return incoming
 

@@ -10,7 +10,7 @@ allows, nothing beyond its declared bound. Its ledger entry is written durably f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from atoll.contract.errors import DisclosureError, PolicyError, ProtocolError
 from atoll.contract.protection import Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
-from atoll.runtime.journal import Journal
+from atoll.runtime.journal import Journal, Receipt
 from atoll.runtime.policy import Policy
 
 
@@ -32,6 +32,7 @@ class Request:
     program: str
     handler: str
     fields: Mapping[str, Field]
+    groups: frozenset[str]
     reduce: str
     plan: str
     roster: str
@@ -49,15 +50,21 @@ class EgressGate:
         self._policy, self._journal = policy, journal
 
     def release(
-        self, asked: Request, reply: Mapping[str, Any], protection: Protection, state: Mapping[str, Array]
+        self,
+        asked: Request,
+        reply: Mapping[str, Any],
+        protection: Protection,
+        state: Mapping[str, Array],
+        receipts: Sequence[Receipt] = (),
     ) -> Message:
-        """The release message for a handler's *reply*, durably recorded together with *state*.
+        """The release message for a handler's *reply*, durably recorded together with *state*
+        and the coordinator's *receipts* for earlier releases.
 
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
         arrays = as_arrays(reply, asked.fields)
-        self._check(arrays, asked.fields, optional=asked.reduce == "gather")
+        self._check(arrays, asked.groups, undefined=asked.reduce == "gather")
         arrays, clipped = _clip(arrays, asked.fields)
         arrays = protection.protect(asked.task.step, arrays, asked.fields)
         specs, parts = body_parts(arrays)
@@ -83,20 +90,21 @@ class EgressGate:
             "clipped": clipped,
             "digest": body_digest(specs, digest.digest()),
         }
-        return self._journal.store_release(str(asked.task), asked.task.run, asked.program, body, arrays, state)
+        task = asked.task
+        return self._journal.store_release(str(task), task.run, asked.program, body, arrays, state, receipts)
 
-    def _check(self, arrays: Mapping[str, Array], fields: Mapping[str, Field], *, optional: bool) -> None:
-        """optional: undefined metrics (NaN) may be told; nothing that is to be summed may be NaN."""
+    def _check(self, arrays: Mapping[str, Array], groups: frozenset[str], *, undefined: bool) -> None:
+        """undefined: NaN may be told (a metric of no rows); nothing that is to be summed may be NaN."""
         for name, array in arrays.items():
             finite = np.isfinite(array)
-            if not (finite | (np.isnan(array) if optional else False)).all():
+            if not (finite | (np.isnan(array) if undefined else False)).all():
                 raise ProtocolError(
                     "reply.not-finite",
                     "a reply holds NaN or infinity",
                     field=name,
                     remedy="look for missing cells, a learning rate that is too high, or an overflow",
                 )
-            if fields[name].group and ((array > 0) & (array < self._policy.min_group_size)).any():
+            if name in groups and ((array > 0) & (array < self._policy.min_group_size)).any():
                 raise DisclosureError(
                     "disclosure.small-group",
                     f"fewer than {self._policy.min_group_size} people are behind a released count",

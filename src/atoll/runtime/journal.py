@@ -11,22 +11,27 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.contract.errors import IntegrityError
-from atoll.contract.wire import Array, Json, Message, canonical_json, decode, encode, encode_bytes, to_json
+from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
 
 LARGE_BYTES = 4 << 20
 _TABLES = """
 CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, line TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS release (task TEXT PRIMARY KEY, run TEXT NOT NULL, seq INTEGER NOT NULL, message BLOB);
+CREATE TABLE IF NOT EXISTS release
+    (seq INTEGER PRIMARY KEY, task TEXT UNIQUE NOT NULL, run TEXT NOT NULL, hash TEXT NOT NULL, message BLOB);
 CREATE TABLE IF NOT EXISTS state (run TEXT, program TEXT, arrays BLOB NOT NULL, PRIMARY KEY (run, program));
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, status TEXT NOT NULL, opened BLOB NOT NULL, note TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+
+
+Receipt = tuple[int, Json]
+"""(sequence number of the release entry, the coordinator's receipt)."""
 
 
 class Journal:
@@ -72,12 +77,12 @@ class Journal:
 
     def _follow(self) -> None:
         """Take up the head that another process of the same party (an operator's command) may have moved."""
-        last = self._db.execute("SELECT seq, line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
-        if last and last[0] != self.chain.seq:
-            self.chain.seq, self.chain.head = last[0], json.loads(last[1])["hash"]
+        seq = self._db.execute("SELECT max(seq) FROM ledger").fetchone()[0]
+        if seq is not None and seq != self.chain.seq:
+            self.chain.seq, self.chain.head = seq, self.entry(seq)["hash"]
 
     def _append(self, entry: Entry) -> Entry:
-        self._db.execute("INSERT INTO ledger VALUES (?, ?)", (entry["seq"], canonical_json(entry).decode()))
+        self._db.execute("INSERT INTO ledger VALUES (?, ?)", (entry["seq"], self.chain.line))
         self.chain.commit(entry)
         return entry
 
@@ -101,15 +106,24 @@ class Journal:
 
     # -- releases and state
 
-    def release(self, task: str) -> Message | None:
-        """The stored release of *task*, as first made, or None."""
+    def begin(self, task: str, run: str, program: str) -> tuple[str, Message | None, dict[str, Array]]:
+        """What a task meets: the run's status ("unknown" if it was never announced), the release already
+        made for it (or None), and the program's saved per-run state (empty at first).
+
+        Raises IntegrityError when the release was acknowledged, and is no longer kept.
+        """
         with self._lock:
-            row = self._db.execute("SELECT seq, message FROM release WHERE task = ?", (task,)).fetchone()
-        if row is None:
-            return None
-        if row[1] is None:
+            row = self._db.execute(
+                "SELECT (SELECT status FROM run WHERE run = ?1), seq, message,"
+                " (SELECT arrays FROM state WHERE run = ?1 AND program = ?2)"
+                " FROM (SELECT 1) LEFT JOIN release ON task = ?3",
+                (run, program, task),
+            ).fetchone()
+        status, seq, stored, arrays = row
+        if seq is not None and stored is None:
             raise IntegrityError("release.acknowledged", "the release was acknowledged and is no longer kept")
-        return decode(row[1] or self._large(row[0]).read_bytes())
+        release = None if stored is None else decode(stored or self._large(seq).read_bytes())
+        return status or "unknown", release, decode(arrays).arrays if arrays else {}
 
     def _large(self, seq: int) -> Path:
         """Where a release too large for the database is kept."""
@@ -128,26 +142,58 @@ class Journal:
         return b""
 
     def store_release(
-        self, task: str, run: str, program: str, body: Entry, arrays: dict[str, Array], state: Mapping[str, Array]
+        self,
+        task: str,
+        run: str,
+        program: str,
+        body: Entry,
+        arrays: dict[str, Array],
+        state: Mapping[str, Array],
+        receipts: Sequence[Receipt] = (),
     ) -> Message:
-        """Ledger entry, release and state, in one transaction; returns the message that may now leave."""
+        """Ledger entry, release, state and receipts, in one transaction; returns the message that may now leave."""
         with self.transaction():
+            large = self._store_receipts(receipts, sign=False)
             entry = self._append(self.chain.next("release", body))
             message = Message("release", {"re": task, "entry": entry}, arrays)
-            kept = self._keep(entry["seq"], message)
-            self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?)", (task, run, entry["seq"], kept))
+            row = (entry["seq"], task, run, entry["hash"], self._keep(entry["seq"], message))
+            self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
             if state:
                 stored = encode_bytes(Message("state", {}, dict(state)))
                 self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
+        self._forget(large)
         return message
 
-    def acknowledge(self, seq: int, receipt: Json) -> None:
-        """Store a verified receipt for the release entry *seq* and forget the release's content."""
-        with self.transaction():
-            kept = self._db.execute("UPDATE release SET message = NULL WHERE seq = ? AND message NOT NULL", (seq,))
-            if kept.rowcount:
-                self._large(seq).unlink(missing_ok=True)
-                self._append(self.chain.next("receipt", {"of": seq, "receipt": receipt}))
+    def released_hash(self, seq: int) -> str:
+        """The hash of release entry *seq*; raises IntegrityError if it is none."""
+        with self._lock:
+            row = self._db.execute("SELECT hash FROM release WHERE seq = ?", (seq,)).fetchone()
+        if row is None:
+            raise IntegrityError("receipt.unknown", f"ledger entry {seq} is not a release", field="receipt")
+        return str(row[0])
+
+    def acknowledge(self, receipts: Sequence[Receipt]) -> None:
+        """Store verified receipts and forget the releases' content; repeating does nothing."""
+        if receipts:
+            with self.transaction():
+                large = self._store_receipts(receipts, sign=True)
+            self._forget(large)
+
+    def _store_receipts(self, receipts: Sequence[Receipt], *, sign: bool) -> list[int]:
+        """Append receipt entries; returns the releases whose content is in files of their own."""
+        large = []
+        for seq, receipt in receipts:
+            row = self._db.execute("SELECT length(message) FROM release WHERE seq = ?", (seq,)).fetchone()
+            if row is not None and row[0] is not None:
+                self._db.execute("UPDATE release SET message = NULL WHERE seq = ?", (seq,))
+                self._append(self.chain.next("receipt", {"of": seq, "receipt": receipt}, sign=sign))
+                if row[0] == 0:
+                    large.append(seq)
+        return large
+
+    def _forget(self, large: Sequence[int]) -> None:
+        for seq in large:
+            self._large(seq).unlink(missing_ok=True)
 
     def unacknowledged(self, run: str) -> list[int]:
         """Release entries of *run* whose receipt has not come."""
@@ -155,18 +201,18 @@ class Journal:
             rows = self._db.execute("SELECT seq FROM release WHERE run = ? AND message NOT NULL ORDER BY seq", (run,))
             return [seq for (seq,) in rows]
 
-    def state(self, run: str, program: str) -> dict[str, Array]:
-        """The program's saved per-run state, empty at first."""
-        with self._lock:
-            row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
-        return decode(row[0]).arrays if row else {}
-
     # -- runs and settings
 
     def open_run(self, run: str, status: str, opened: Mapping[str, Json]) -> None:
         """Remember a run as announced, unless it is known."""
         with self.transaction():
             self._db.execute("INSERT OR IGNORE INTO run VALUES (?, ?, ?, '')", (run, status, to_json(dict(opened))))
+
+    def status(self, run: str) -> str:
+        """A run's status, "unknown" if it was never announced."""
+        with self._lock:
+            row = self._db.execute("SELECT status FROM run WHERE run = ?", (run,)).fetchone()
+        return str(row[0]) if row else "unknown"
 
     def set_status(self, run: str, status: str, note: str = "") -> None:
         """Change a run's status; *note* is for the site's own operator."""

@@ -15,7 +15,7 @@ from atoll.contract.rounds import Arrival, Gather, Gathered, Reduced, Round, Sum
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import verify
 from atoll.ledger import merkle
-from atoll.ledger.entry import Chain, Entry, verify_entry
+from atoll.ledger.entry import Chain, Entry, leaf, verify_entry
 from atoll.runtime.egress import body_digest
 from atoll.transport.spool import Incoming
 
@@ -52,19 +52,19 @@ def acknowledge(
         for site, incomings in replies.items()
         for incoming in incomings
     ]
-    groups = [[leaf] for leaf in leaves] if grouping == "each" else [leaves] if leaves else []
+    groups = [[item] for item in leaves] if grouping == "each" else [leaves] if leaves else []
     entries: list[Entry] = []
     receipts: dict[str, list[Json]] = {}
     for group in groups:
-        tree = merkle.levels([str(leaf["hash"]).encode() for leaf in group])
+        tree = merkle.levels([leaf(item["site"], item["seq"], item["hash"]) for item in group])
         body = {**about, "root": tree[-1][0].hex(), "count": len(group)}
         entry = chain.next("received", body, group)
         chain.commit(entry)
         entries.append(entry)
         shown = {name: value for name, value in entry.items() if name != "leaves"}
-        for index, leaf in enumerate(group):
-            receipt = {"of": leaf["seq"], "entry": shown, "path": merkle.path(tree, index)}
-            receipts.setdefault(str(leaf["site"]), []).append(receipt)
+        for index, item in enumerate(group):
+            receipt = {"of": item["seq"], "entry": shown, "path": merkle.path(tree, index)}
+            receipts.setdefault(str(item["site"]), []).append(receipt)
     return entries, receipts
 
 

@@ -35,7 +35,7 @@ from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.results import details, write_json, write_model
-from atoll.runtime.serve import finish, pin_threads
+from atoll.runtime.serve import finish, settle
 from atoll.runtime.site import Site, with_hold_out
 from atoll.runtime.store import RunStore
 from atoll.runtime.study import check_plan
@@ -61,7 +61,7 @@ def run_sandbox(
     Writes result.json, model/ and ledger/PARTY.jsonl into *out*. Raises the AtollError that ended it.
     """
     load_installed()
-    pin_threads()
+    settle()
     check_plan(plan)
     tell = on_event or (lambda _: None)
     tables = {site: with_hold_out(_read(site, spec, plan, base), plan, site) for site, spec in sources.items()}
@@ -101,7 +101,7 @@ def _run_local(
     plan: Plan, tables: Mapping[str, Table], scratch: Path, ledgers: Path | None, tell: Event
 ) -> tuple[RunStore, str]:
     """Drive one run over the local transport; the caller closes the store."""
-    store = RunStore(f"sqlite:///{scratch / 'store.db'}")
+    store = RunStore(f"sqlite:///{scratch / 'store.db'}", durable=False)
     identity = Identity.generate("coordinator")
     ledger = store.ledger(identity.public, identity.sign)
     journals: dict[str, Journal] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -49,11 +50,20 @@ class CoordinatorServer:
         self._coordinator = Coordinator(self._transport, store, ledger, on_event=self._on_event)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._rows: dict[str, dict[str, int]] = {}
+        self._dropouts: dict[str, dict[str, str]] = {}
+        self._cancelled: set[str] = set()
 
     def _on_event(self, event: dict[str, Any]) -> None:
         if "rows" in event:
             self._rows.setdefault(event["run"], {})[event["site"]] = event["rows"]
+        elif "dropout" in event:
+            self._dropouts.setdefault(event["run"], {})[event["dropout"]] = event["reason"]
+            self._store.set_status(event["run"], "running", self._note(event["run"]))
         self._tell(event)
+
+    def _note(self, run: str) -> str:
+        """Who dropped out of a run, and why: what the operator reads while it goes on, and after it."""
+        return "\n".join(f"{site} dropped out: {why}" for site, why in self._dropouts.get(run, {}).items())
 
     async def serve(self) -> None:
         """Until cancelled; runs that were open when an earlier process ended are resumed."""
@@ -80,7 +90,8 @@ class CoordinatorServer:
         for row in self._store.runs("submitted", "running"):
             if row["run"] not in self._running:
                 self._running[row["run"]] = asyncio.create_task(self._drive(row["run"]))
-            elif row["cancel"]:
+            elif row["cancel"] and row["run"] not in self._cancelled:
+                self._cancelled.add(row["run"])  # once: a second one would stop it from telling the sites
                 self._running[row["run"]].cancel()
         known = self._store.sites()
         for site in self._transport.sites():
@@ -91,9 +102,8 @@ class CoordinatorServer:
         began = time.monotonic()
         try:
             outcome = await self._coordinator.run(run)
-            finish(
-                self._store, self._coordinator, run, outcome, time.monotonic() - began, "grpc", self._rows.get(run, {})
-            )
+            seconds, rows = time.monotonic() - began, self._rows.get(run, {})
+            finish(self._store, self._coordinator, run, outcome, seconds, "grpc", rows, self._note(run))
         except AtollError as error:
             log.error("run %s failed: %s", run, error)
         finally:
@@ -103,16 +113,16 @@ class CoordinatorServer:
 
 def finish(
     store: RunStore, coordinator: Coordinator, run: str, outcome: Mapping[str, Any], seconds: float, transport: str,
-    rows: Mapping[str, int],
+    rows: Mapping[str, int], note: str = "",
 ) -> None:  # fmt: skip
-    """Store a finished run's result and model."""
+    """Store a finished run's result and model; *note* is what the operator reads."""
     record, traffic = store.run(run), coordinator.transport.traffic[run]
     result, arrays = summarise(
         run, record["plan"], outcome, sites={site: rows.get(site) for site in record["sites"]},
         rounds=len(store.rounds(run)), seconds=seconds, transport=transport,
         traffic={"to_sites_bytes": traffic.to_sites_bytes, "from_sites_bytes": traffic.from_sites_bytes},
     )  # fmt: skip
-    store.finish(run, "finished", "", result, arrays)
+    store.finish(run, "finished", note, result, arrays)
 
 
 async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
@@ -141,9 +151,15 @@ async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
         journal.close()
 
 
-def pin_threads() -> None:
-    """One BLAS thread: sums then have the same bits in every process, and sites do not fight for cores."""
+def settle() -> None:
+    """Make this process fit to run a party, once everything is imported.
+
+    One BLAS thread: sums have the same bits in every process, and sites do not fight for cores.
+    What was imported is put out of the garbage collector's sight, which it would search again and again.
+    """
     threadpool_limits(1)
+    gc.collect()
+    gc.freeze()
 
 
 async def until_ended(work: Coroutine[Any, Any, None], parent: int = 0) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
 from atoll.data.recipe import Prepared
 from atoll.data.table import Table, hold_out
+from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
 from atoll.runtime.egress import EgressGate, Request
-from atoll.runtime.journal import Journal
+from atoll.runtime.journal import Journal, Receipt
 from atoll.runtime.policy import Policy
 from atoll.runtime.study import check_plan
 
@@ -59,6 +61,17 @@ class _View:
         return what in self._share
 
 
+@dataclass
+class _Opened:
+    """A run as this process knows it; the journal holds what must survive."""
+
+    plan: Plan
+    hash: str
+    roster: str
+    table: Table | None = None
+    views: dict[bytes, tuple[Table, Table]] = field(default_factory=dict)
+
+
 class Site:
     """One data owner. :meth:`handle` is the endpoint that every transport calls."""
 
@@ -71,10 +84,9 @@ class Site:
         self._journal, self._policy, self._data = journal, policy, data
         self._coordinator = coordinator_public
         self._gate = EgressGate(policy, journal)
+        self._runs: dict[str, _Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
-        self._tables: dict[str, Table] = {}
-        self._views: dict[tuple[str, str], tuple[Table, Table]] = {}
 
     def handle(self, message: Message, progress: Progress) -> Message:
         """Answer one request; never raises. Repeating a request repeats the answer."""
@@ -133,8 +145,10 @@ class Site:
         elif known[1] != announced:
             raise ProtocolError("run.changed", "the run was announced before with another plan or roster")
         self._await_approval(run, roster, progress)
-        rows = sum(len(part) for part in self._prepared(run, plan, {}))
-        if (known := self._journal.run(run)) and known[0] == "approved":
+        opened = self._opened(run)
+        with self._lock(run):
+            rows = sum(len(part) for part in self._prepared(opened, {}))
+        if self._journal.status(run) == "approved":
             self._journal.record(
                 "joined",
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
@@ -147,7 +161,7 @@ class Site:
         """Return once roster and study are approved, by policy or by the operator; raise when denied."""
         told = -1.0
         while True:
-            status = (self._journal.run(run) or ("unknown",))[0]
+            status = self._journal.status(run)
             if status in ("approved", "running"):
                 return
             if status != "pending":
@@ -172,75 +186,82 @@ class Site:
         meta, task = message.meta, TaskId.from_json(message.meta)
         if task.site != self.name:
             raise ProtocolError("task.misdirected", "the task is for another site", field="site")
-        known = self._journal.run(task.run)
-        if known is None or known[0] != "running":
-            raise ProtocolError(
-                "run.not-open", f"the run is {known[0] if known else 'unknown'} at this site", field="run",
-                remedy="the run was cancelled or never opened here: start a new one",
-            )  # fmt: skip
-        plan = Plan.from_json(known[1]["plan"])
-        for receipt in meta.get("receipts", []):
-            self._acknowledge(receipt)
         with self._lock(task.run):
-            stored = self._journal.release(str(task))
-            if stored is not None:
-                return Message(stored.kind, {**stored.meta, "re": meta["id"]}, stored.arrays)
-            program = build(str(meta["program"]), meta["params"])
-            self._policy.check_program(program.name, program.version)
-            if program.version != meta["version"]:
-                raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
-            protection = find(plan.protection if meta["reduce"] == "sum" else "plain")
-            fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
-            state = self._journal.state(task.run, program.name)
-            before = dict(state)
-            view = _View(
-                self.name, self._prepared(task.run, plan, meta["view"]), state,
-                lambda done, total: self._tell(task.run, progress, done, total), self._policy.share,
-            )  # fmt: skip
-            seed = hashlib.sha256(f"atoll shuffle\0{plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
-            words = tuple(np.frombuffer(seed, "<u4").tolist())
-            handler = handler_of(program, str(meta["name"]))
-            reply = handler(program, view, Task(task, message.arrays, words))
-            self._tell(task.run, progress, 1, 1)
-            asked = Request(
-                task, program.name, str(meta["name"]), fields, str(meta["reduce"]), known[1]["hash"],
-                known[1]["roster_hash"],
-            )  # fmt: skip
-            release = self._gate.release(asked, reply, protection, state if state != before else {})
+            status, release, state = self._journal.begin(str(task), task.run, str(meta["program"]))
+            _must_be_running(status)
+            receipts = self._verified(meta["receipts"])
+            if release is None:
+                release = self._answer(task, message, progress, state, receipts)
+            else:
+                self._journal.acknowledge(receipts)
         return Message(release.kind, {**release.meta, "re": meta["id"]}, release.arrays)
 
-    def _tell(self, run: str, progress: Progress, done: float, total: float) -> None:
-        known = self._journal.run(run)
-        if known is None or known[0] != "running":
-            raise ProtocolError("run.cancelled", "the run was closed while the site was computing", field="run")
-        progress({"done": done, "total": total})
+    def _answer(
+        self, task: TaskId, message: Message, progress: Progress, state: dict[str, Array], receipts: list[Receipt]
+    ) -> Message:
+        """Run the handler that the task names, and let its reply out through the gate."""
+        meta, opened = message.meta, self._opened(task.run)
+        plan = opened.plan
+        program = build(str(meta["program"]), meta["params"])
+        self._policy.check_program(program.name, program.version)
+        if program.version != meta["version"]:
+            raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
+        handler = handler_of(program, str(meta["name"]))
+        if handler.reduce != meta["reduce"]:
+            raise ProtocolError("task.reduction", f"its replies may only be asked for by {handler.reduce}")
+        fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
+        before = dict(state)
+
+        def tell(done: float, total: float) -> None:
+            _must_be_running(self._journal.status(task.run))
+            progress({"done": done, "total": total})
+
+        view = _View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share)
+        seed = hashlib.sha256(f"atoll shuffle\0{plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
+        words = tuple(np.frombuffer(seed, "<u4").tolist())
+        reply = handler.answer(program, view, Task(task, message.arrays, words))
+        _must_be_running(self._journal.status(task.run))
+        changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
+        asked = Request(
+            task, program.name, str(meta["name"]), fields, handler.groups, handler.reduce, opened.hash, opened.roster
+        )
+        protection = find(plan.protection if handler.reduce == "sum" else "plain")
+        return self._gate.release(asked, reply, protection, state if changed else {}, receipts)
 
     def _lock(self, run: str) -> threading.Lock:
+        """Tasks of one run are answered one after another."""
         with self._guard:
             return self._locks.setdefault(run, threading.Lock())
 
-    def _prepared(self, run: str, plan: Plan, view: Mapping[str, Any]) -> tuple[Table, Table]:
-        """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
-        key = (run, hashlib.sha256(canonical_json(dict(view))).hexdigest())
+    def _opened(self, run: str) -> _Opened:
         with self._guard:
-            if key not in self._views:
-                if run not in self._tables:
-                    self._tables[run] = with_hold_out(self._data(plan), plan, self.name)
-                self._views[key] = Prepared(plan.recipe).apply(self._tables[run], view).parts()
-            return self._views[key]
+            if run not in self._runs:
+                _, opened, _ = self._journal.run(run) or ("", {}, "")
+                self._runs[run] = _Opened(Plan.from_json(opened["plan"]), opened["hash"], opened["roster_hash"])
+            return self._runs[run]
+
+    def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:
+        """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
+        key = canonical_json(dict(view))
+        if key not in opened.views:
+            if opened.table is None:
+                opened.table = with_hold_out(self._data(opened.plan), opened.plan, self.name)
+            opened.views[key] = Prepared(opened.plan.recipe).apply(opened.table, view).parts()
+        return opened.views[key]
 
     # ---------------------------------------------------------------- close
 
-    def _acknowledge(self, receipt: Json) -> None:
-        """Verify and store one receipt {"of", "entry", "path"} from the coordinator."""
-        released = self._journal.entry(int(receipt["of"]))
-        verify_receipt(receipt, released["hash"], self._coordinator, verify)
-        self._journal.acknowledge(int(receipt["of"]), receipt)
+    def _verified(self, receipts: list[Json]) -> list[Receipt]:
+        """The coordinator's receipts {"of", "entry", "path"}, each checked against the release it is for."""
+        for receipt in receipts:
+            seq = int(receipt["of"])
+            released = leaf(self.name, seq, self._journal.released_hash(seq))
+            verify_receipt(receipt, released, self._coordinator, verify)
+        return [(int(receipt["of"]), receipt) for receipt in receipts]
 
     def _close(self, message: Message, progress: Progress) -> Message:
         meta, run = message.meta, str(message.meta["run"])
-        for receipt in meta.get("receipts", []):
-            self._acknowledge(receipt)
+        self._journal.acknowledge(self._verified(meta["receipts"]))
         known = self._journal.run(run)
         if known is not None and known[0] in ("pending", "approved", "running"):
             status = str(meta["status"])[:40]
@@ -248,9 +269,17 @@ class Site:
             self._journal.record("closed", {"run": run, "status": status, "error": meta.get("error")})
             self._journal.set_status(run, status, str(reason) if reason else known[2])
         with self._guard:
-            self._tables.pop(run, None)
-            self._views = {key: value for key, value in self._views.items() if key[0] != run}
+            self._runs.pop(run, None)
+            self._locks.pop(run, None)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
+
+
+def _must_be_running(status: str) -> None:
+    if status != "running":
+        raise ProtocolError(
+            "run.not-open", f"the run is {status} at this site", field="run",
+            remedy="it was closed, or never opened here: start a new one",
+        )  # fmt: skip
 
 
 def with_hold_out(table: Table, plan: Plan, site: str) -> Table:

@@ -13,6 +13,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from sqlalchemy.engine import Connection
 
 from atoll.contract.errors import IntegrityError, PlanError
 from atoll.contract.plan import Plan
-from atoll.contract.wire import Array, Json, Message, canonical_json, decode, encode, to_json
-from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
+from atoll.contract.wire import Array, Json, Message, decode, encode, to_json
+from atoll.ledger.entry import EMPTY, Chain, Entry, Signer, entry_line
 
 PART_BYTES = 16 << 20
 _meta = sa.MetaData()
@@ -67,8 +68,9 @@ def _now() -> str:
 class RunStore:
     """All methods are short transactions; safe for threads."""
 
-    def __init__(self, url: str) -> None:
-        """url: an SQLAlchemy URL (``sqlite:///…`` or ``postgresql+psycopg://…``)."""
+    def __init__(self, url: str, *, durable: bool = True) -> None:
+        """url: an SQLAlchemy URL (``sqlite:///…`` or ``postgresql+psycopg://…``). durable=False skips
+        SQLite's fsync (for sandboxes whose store dies with the process)."""
         try:
             self._engine = sa.create_engine(url)
         except ModuleNotFoundError as error:
@@ -76,7 +78,7 @@ class RunStore:
                 "store.driver", f"the store needs {error.name}", field="store", remedy="pip install 'atoll[postgres]'"
             ) from None
         if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", _sqlite_settings)
+            sa.event.listen(self._engine, "connect", partial(_sqlite_settings, durable))
         _meta.create_all(self._engine)
         if self._engine.dialect.name == "sqlite" and (file := self._engine.url.database) and file != ":memory:":
             Path(file).chmod(0o600)
@@ -156,7 +158,7 @@ class RunStore:
             row = {"run": run, "number": number, "stage": stage, "name": name, "seconds": seconds}
             db.execute(ROUNDS.insert().values(receipts=json.dumps(receipts), **row))
             for entry in entries:
-                db.execute(LEDGER.insert().values(seq=entry["seq"], line=canonical_json(entry).decode()))
+                db.execute(LEDGER.insert().values(seq=entry["seq"], line=entry_line(entry).decode()))
 
     def reduced(self, run: str, number: int) -> Message | None:
         """The stored reduction of a round, or None."""
@@ -288,7 +290,7 @@ class RunStore:
     def append_entry(self, entry: Entry) -> None:
         """Store one ledger entry."""
         with self._begin() as db:
-            db.execute(LEDGER.insert().values(seq=entry["seq"], line=canonical_json(entry).decode()))
+            db.execute(LEDGER.insert().values(seq=entry["seq"], line=entry_line(entry).decode()))
 
     def export_ledger(self, path: Path) -> None:
         """Write the ledger as JSON lines."""
@@ -318,6 +320,7 @@ class Ledger:
         return entry
 
 
-def _sqlite_settings(connection: Any, _: Any) -> None:
+def _sqlite_settings(durable: bool, connection: Any, _: Any) -> None:
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA busy_timeout=30000")

@@ -68,8 +68,8 @@ class Describe:
         low, high = _grid(cohort.schema, names)
         size, middle, half = len(names), (low + high) / 2, (high - low) / 2
         fields = {
-            "rows": count(bound=rows, group=True),
-            "count": count(size, bound=rows, group=True),
+            "rows": count(bound=rows),
+            "count": count(size, bound=rows),
             "s1": real(size, bound=rows, step=1e-9),
             "s2": real(size, bound=rows, step=1e-9),
         }
@@ -107,7 +107,7 @@ class Describe:
             "histogram": bins[first:end].tolist(),
         }
 
-    @handler("moments")
+    @handler("moments", groups=("rows", "count"))
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts, moments about the middle of the range, and histogram of each column."""
         names, bins = self._names(site.table.schema), self.params.bins
@@ -119,7 +119,7 @@ class Describe:
             histogram[i] = np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
         return {**self._sums(site, (low + high) / 2), "histogram": histogram}
 
-    @handler("spread")
+    @handler("spread", groups=("rows", "count"))
     def spread(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the cohort's mean."""
         return self._sums(site, task["center"])

@@ -73,7 +73,7 @@ def error_metrics(n: float, absolute: float, squared: float, y_sum: float, y_squ
     return {
         "mae": absolute / n,
         "rmse": math.sqrt(squared / n),
-        "r2": 1 - squared / spread if spread > 0 else math.nan,
+        "r2": 1 - squared / spread if spread > 1e-12 * y_squares else math.nan,
     }
 
 
@@ -185,7 +185,7 @@ class Evaluation:
             "correct": np.array([(called & (y == 1)).sum(), called.sum(), (called == (y == 1)).sum()]),
         }
 
-    @handler("own")
+    @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
         """At the site: its own exact metrics; withheld unless its policy shares "metrics"."""
         if not site.shares("metrics"):

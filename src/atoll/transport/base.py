@@ -38,23 +38,40 @@ class Patience:
         self.heard()
 
     def heard(self) -> None:
-        """Something was heard: the deadline starts anew."""
+        """Something was heard (callable from any thread): the deadline starts anew."""
         self._last = self._loop.time()
 
     async def wait(self, future: asyncio.Future[T]) -> T:
         """The future's result; raises TransportError("transport.deadline") after too long a silence."""
-        while True:
+        future.add_done_callback(_seen)
+        timer: asyncio.TimerHandle
+
+        def look() -> None:
+            nonlocal timer
             left = self._last + self._deadline_s - self._loop.time()
-            done, _ = await asyncio.wait([future], timeout=max(left, 0))
-            if done:
-                return future.result()
-            if left <= 0:
-                raise TransportError(
-                    "transport.deadline",
-                    f"no answer and no progress for {self._deadline_s:g} s",
-                    remedy="check that the site is up and connected, or raise run.deadline_s",
-                    where={"site": self._site},
+            if left > 0:
+                timer = self._loop.call_later(left, look)
+            elif not future.done():
+                future.set_exception(
+                    TransportError(
+                        "transport.deadline",
+                        f"no answer and no progress for {self._deadline_s:g} s",
+                        remedy="check that the site is up and connected, or raise run.deadline_s",
+                        where={"site": self._site},
+                    )
                 )
+
+        timer = self._loop.call_later(self._deadline_s, look)
+        try:
+            return await future
+        finally:
+            timer.cancel()
+
+
+def _seen(future: asyncio.Future[T]) -> None:
+    """A failure that nobody waits for any more is no news."""
+    if not future.cancelled():
+        future.exception()
 
 
 @dataclass(slots=True)

@@ -88,7 +88,7 @@ class _SiteLink:
 
     def arrived(self, incoming: Incoming) -> None:
         frame = frame_id(str(incoming.meta["re"]))
-        self.link.control(b"A", frame)
+        self.link.acknowledge(frame)
         waiting = self.pending.get(frame)
         if waiting is None or waiting.future.done():
             incoming.close()
@@ -98,7 +98,7 @@ class _SiteLink:
 
     def refused(self, head: Head, error: AtollError) -> None:
         frame = frame_id(str(head.meta.get("re")))
-        self.link.control(b"A", frame)
+        self.link.acknowledge(frame)
         waiting = self.pending.get(frame)
         if waiting is not None and not waiting.future.done():
             self._traffic[waiting.run].from_sites_bytes += head.total_bytes

@@ -4,7 +4,8 @@
     "M"     a whole message that fits into one frame
     "S"     start of a larger one: its prefix and header
     "D"     data: body offset (8 bytes, little-endian) + up to 1 MiB of body
-    "A"     acknowledges a reply: it need not be kept any longer
+    "A"     acknowledges replies (their ids follow): they need not be kept any longer
+    "X"     the rest of a message will not come: what there is of it may be forgotten
     "P"     progress on a request, JSON
     "H"     hello, JSON: what this end holds of the other's messages (first frame of a connection)
 
@@ -18,17 +19,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from atoll.contract.errors import AtollError, ProtocolError
+from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.wire import Head, Json, Message, encode, head_bytes, parse_json, read_head, to_json
 from atoll.transport.spool import Incoming
 
 CHUNK_BYTES = 1 << 20
 ID_BYTES = 16
+ACK_DELAY_S = 0.1
+"""Acknowledgements of that long are sent in one frame: a small round trip costs no frame more."""
 
 
 def frame_id(text: str) -> bytes:
@@ -64,6 +68,11 @@ class _Out:
     sent: int = 0
     started: bool = False
 
+    @property
+    def done(self) -> bool:
+        """All of it was written."""
+        return self.started and self.part == len(self.parts)
+
 
 class Link:
     """Frames in, frames out, for one peer, across reconnects."""
@@ -73,9 +82,11 @@ class Link:
         self._out: dict[bytes, _Out] = {}
         self._turns: deque[bytes] = deque()
         self._control: deque[bytes] = deque()
+        self._acks: list[bytes] = []
         self._partial: dict[bytes, Incoming] = {}
-        self._discard: dict[bytes, int] = {}
+        self._discard: set[bytes] = set()
         self._work = asyncio.Event()
+        self._me, self._peer = secrets.token_hex(8), ""
         self.generation = 0
 
     # -- sending
@@ -85,6 +96,8 @@ class Link:
         parts = [memoryview(part) for part in encode(message)]
         total = sum(len(part) for part in parts)
         frame = frame_id(name)
+        if frame in self._acks:  # of an earlier message: it must not be taken for this one's
+            self._flush_acks()
         self._out[frame] = _Out(list(parts), total)
         self._turns.append(frame)
         self._work.set()
@@ -92,7 +105,21 @@ class Link:
 
     def forget(self, name: str) -> None:
         """Drop an outgoing message."""
-        self._out.pop(frame_id(name), None)
+        frame = frame_id(name)
+        out = self._out.pop(frame, None)
+        if out is not None and out.started and not out.done:
+            self.control(b"X", frame)
+
+    def acknowledge(self, frame: bytes) -> None:
+        """Tell the peer, soon and together with others, that its message *frame* is here."""
+        if not self._acks:
+            asyncio.get_running_loop().call_later(ACK_DELAY_S, self._flush_acks)
+        self._acks.append(frame)
+
+    def _flush_acks(self) -> None:
+        acks, self._acks = self._acks, []
+        if acks:
+            self.control(b"A", bytes(ID_BYTES), b"".join(acks))
 
     def control(self, kind: bytes, frame: bytes, content: bytes = b"") -> None:
         """Queue a small frame ahead of all data."""
@@ -102,7 +129,8 @@ class Link:
     def hello(self, holds: list[bytes]) -> bytes:
         """This end's first frame of a connection; *holds*: complete messages that need not be sent again."""
         have = {frame.hex(): part.body_received for frame, part in self._partial.items()}
-        return b"H" + bytes(ID_BYTES) + to_json({"have": have, "holds": [frame.hex() for frame in holds]})
+        note = {"me": self._me, "have": have, "of": self._peer, "holds": [frame.hex() for frame in holds]}
+        return b"H" + bytes(ID_BYTES) + to_json(note)
 
     def attach(self, peer_hello: bytes) -> int:
         """Begin a connection with the peer's first frame: queue again what the peer lacks.
@@ -111,20 +139,28 @@ class Link:
         """
         note = parse_json(peer_hello[1 + ID_BYTES :]) if peer_hello[:1] == b"H" else None
         match note:
-            case {"have": dict(have), "holds": list(holds)}:
+            case {"me": str(peer), "have": dict(have), "of": str(me), "holds": list(holds)}:
                 pass
             case _:
                 raise ProtocolError("link.no-hello", "a connection does not begin with a hello")
+        offsets = {_frame(name): offset for name, offset in have.items()} if me == self._me else {}
+        held = {name for name in holds if isinstance(name, str)}
         self.generation += 1
         self._control.clear()
         self._turns.clear()
         self._discard.clear()
+        if peer != self._peer:  # it began anew, and will not continue what it sent before
+            for frame in list(self._partial):
+                self._drop(frame)
+            self._peer = peer
         for frame, out in self._out.items():
-            if frame.hex() in holds:
+            if frame.hex() in held:
                 continue
-            offset = have.get(frame.hex())
+            offset = offsets.pop(frame, None)
             _seek(out, offset if isinstance(offset, int) else None)
             self._turns.append(frame)
+        for frame in offsets:
+            self.control(b"X", frame)
         self._work.set()
         return self.generation
 
@@ -136,7 +172,7 @@ class Link:
             if self._turns:
                 frame = self._turns.popleft()
                 out = self._out.get(frame)
-                if out is not None:
+                if out is not None and not out.done:
                     made = self._next_chunk(frame, out)
                     self._owner.heard(frame, None)
                     return made
@@ -179,8 +215,12 @@ class Link:
             self._start(frame, content, whole=kind == b"M")
         elif kind == b"D":
             self._data(frame, int.from_bytes(content[:8], "little"), content[8:])
+        elif kind == b"X":
+            self._discard.discard(frame)
+            self._drop(frame)
         elif kind == b"A":
-            self._owner.acknowledged(frame)
+            for start in range(0, len(content), ID_BYTES):
+                self._owner.acknowledged(bytes(content[start : start + ID_BYTES]))
         elif kind == b"P":
             note = parse_json(bytes(content))
             self._owner.heard(frame, note if isinstance(note, dict) else {})
@@ -191,24 +231,22 @@ class Link:
         head = read_head(content)
         if not whole and len(content) != head_bytes(content):
             raise ProtocolError("link.frame", "a start frame holds more than a header")
+        if whole and len(content) != head.total_bytes:
+            raise ProtocolError("wire.truncated", "a message is shorter or longer than it declares")
+        self._discard.discard(frame)
+        self._drop(frame)
         try:
             if frame != frame_id(str(head.meta.get("id", head.meta.get("re")))):
                 raise ProtocolError("link.frame", "a frame's id is not its message's")
             self._owner.accept(head)
+            incoming = Incoming(head, self._spool_dir)
         except AtollError as error:
             if not whole:
-                self._discard[frame] = head.body_bytes
+                self._discard.add(frame)
             self._owner.refused(head, error)
             return
-        incoming = Incoming(head, self._spool_dir)
-        if whole:
-            incoming.write(content[head.body_offset :])
-            if incoming.missing_bytes:
-                raise ProtocolError("wire.truncated", "a message is shorter than it declares")
-        if incoming.missing_bytes:
-            self._partial[frame] = incoming
-        else:
-            self._owner.arrived(incoming)
+        self._partial[frame] = incoming
+        self._write(frame, incoming, content[head.body_offset :])
 
     def _data(self, frame: bytes, offset: int, content: memoryview) -> None:
         if frame in self._discard:
@@ -216,11 +254,36 @@ class Link:
         incoming = self._partial.get(frame)
         if incoming is None or offset != incoming.body_received:
             raise ProtocolError("link.order", "a data frame does not follow what came before")
-        incoming.write(content)
         self._owner.heard(frame, None)
+        self._write(frame, incoming, content)
+
+    def _write(self, frame: bytes, incoming: Incoming, content: memoryview) -> None:
+        try:
+            incoming.write(content)
+        except TransportError as error:  # no room for it here
+            self._drop(frame)
+            self._discard.add(frame)
+            self._owner.refused(incoming.head, error)
+            return
         if not incoming.missing_bytes:
             del self._partial[frame]
             self._owner.arrived(incoming)
+
+    def _drop(self, frame: bytes) -> None:
+        """Forget what has come of a message."""
+        incoming = self._partial.pop(frame, None)
+        if incoming is not None:
+            incoming.close()
+
+
+def _frame(name: str) -> bytes:
+    try:
+        frame = bytes.fromhex(name)
+    except ValueError:
+        frame = b""
+    if len(frame) != ID_BYTES:
+        raise ProtocolError("link.no-hello", "a hello names what is no message")
+    return frame
 
 
 def _seek(out: _Out, body_offset: int | None) -> None:

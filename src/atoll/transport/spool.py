@@ -32,10 +32,17 @@ class Incoming:
         self._written = 0
         self._file: IO[bytes] | None = None
         self._memory = bytearray()
-        if spool_dir is not None and head.body_bytes > IN_MEMORY_BYTES:
-            self._file = tempfile.TemporaryFile(dir=spool_dir, buffering=0)  # noqa: SIM115 (closed with us)
-        else:
-            self._memory = bytearray(head.body_bytes)
+        try:
+            if spool_dir is not None and head.body_bytes > IN_MEMORY_BYTES:
+                self._file = tempfile.TemporaryFile(dir=spool_dir, buffering=0)  # noqa: SIM115 (closed with us)
+            else:
+                self._memory = bytearray(head.body_bytes)
+        except OSError as error:
+            raise _no_disk(error) from None
+        except MemoryError:
+            raise TransportError(
+                "spool.memory", "there is not enough memory for a message", remedy="give the process more memory"
+            ) from None
 
     @property
     def kind(self) -> str:
@@ -64,17 +71,16 @@ class Incoming:
         """Append body bytes; raises ProtocolError if more come than were declared."""
         if len(data) > self.missing_bytes:
             raise ProtocolError("wire.too-long", "a body is longer than its header declares")
-        self._hash.update(data)
         if self._file is None:
             self._memory[self._written : self._written + len(data)] = data
         else:
+            left = memoryview(data)
             try:
-                self._file.write(data)
+                while left:  # a disk that is nearly full takes a part
+                    left = left[self._file.write(left) :]
             except OSError as error:
-                raise TransportError(
-                    "spool.disk", f"a reply cannot be spooled: {os.strerror(error.errno or 0)}",
-                    remedy="free disk space in the temporary folder",
-                ) from None  # fmt: skip
+                raise _no_disk(error) from None
+        self._hash.update(data)
         self._written += len(data)
 
     def _place(self, name: str) -> tuple[ArraySpec, int]:
@@ -120,3 +126,10 @@ class Incoming:
         if self._file is not None:
             self._file.close()
         self._memory = bytearray()
+
+
+def _no_disk(error: OSError) -> TransportError:
+    return TransportError(
+        "spool.disk", f"a message cannot be spooled: {os.strerror(error.errno or 0)}",
+        remedy="free disk space in the coordinator's folder",
+    )  # fmt: skip
