@@ -12,7 +12,8 @@ import typer
 
 from atoll.cli import show
 from atoll.contract.errors import IntegrityError, PlanError
-from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.contract.plan import Plan
+from atoll.contract.settings import read_yaml, validate
 from atoll.crypto.identity import fingerprint
 from atoll.data.sources import SourceSpec, read_source
 from atoll.runtime.catalogue import load_installed

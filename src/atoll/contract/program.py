@@ -30,9 +30,9 @@ from pydantic import BaseModel, ConfigDict
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import PlanError, ProtocolError
-from atoll.contract.plan import validate
 from atoll.contract.rounds import Reply, Round, Steps, Task, Yielded
 from atoll.contract.schema import TableSchema
+from atoll.contract.settings import validate
 from atoll.contract.wire import Array, Json
 
 

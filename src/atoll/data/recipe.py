@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.contract.errors import PlanError
-from atoll.contract.plan import Recipe, validate
+from atoll.contract.plan import Plan, Recipe
 from atoll.contract.schema import Column, TableSchema
+from atoll.contract.settings import validate
 from atoll.contract.wire import Json
-from atoll.data.table import Table
+from atoll.data.table import Table, hold_out
 
 Statistics = Mapping[str, Mapping[str, float]]
 Fitted = Mapping[str, Json]
@@ -172,3 +173,19 @@ class Prepared:
                 break
             table = step.apply(table, view.get(str(number), {}))
         return table
+
+
+def with_hold_out(table: Table, plan: Plan, site: str) -> Table:
+    """*table* with the rows marked that the plan keeps for evaluation (unless already marked).
+
+    Strata are the classes of the program's target, where it is a code list that the recipe's
+    steps before any fitting already yield.
+    """
+    if table.held_out is not None:
+        return table
+    ready = Prepared(plan.recipe).apply(table, {})
+    target = str(plan.params.get("target", ""))
+    column = ready.schema.columns.get(target)
+    labels = ready[target] if column is not None and column.values is not None else None
+    held = hold_out(labels, len(table), plan.run.holdout, plan.run.seed, site)
+    return Table(table.schema, table.columns, held)

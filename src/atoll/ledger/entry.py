@@ -7,8 +7,8 @@ An entry is a JSON object, one line of the ledger file:
 ``hash`` is SHA-256 over the canonical JSON of everything before it, ``prev`` the hash of
 the entry before, ``sig`` the party's Ed25519 signature over the hash ("" if the next entry,
 which covers it, was stored in the same transaction). An entry may carry
-``leaves``: data bound by their digest, ``body.leaves``, instead of by the hash itself,
-so that they can be left out where the entry is shown to another party.
+``leaves``: data bound by ``body.root``, the root of their Merkle tree, instead of by the
+hash itself, so that they can be left out where the entry is shown to another party.
 
 The first entry has kind "genesis" and names the party's public key. A site's "release"
 entry is written *before* the release is sent and is also the release's signature; the

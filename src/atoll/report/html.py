@@ -12,15 +12,28 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atoll.report import sections
-from atoll.report.markup import Html, code, element, join
+from atoll.report import model, record
+from atoll.report.markup import Child, Html, code, element
+from atoll.report.section import Input, Maker, part, terms
 from atoll.report.words import NOTHING, counted, duration, fixed, listed, moment, real, significant, size, whole
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SECTIONS: tuple[Maker, ...] = (
+    model.results,
+    model.by_site,
+    model.convergence,
+    model.coefficients,
+    record.statistics,
+    record.preparation,
+    record.releases,
+    record.traffic,
+    record.verification,
+)
 TRANSPORTS = {
-    "local": "a rehearsal: all sites in one process, on one machine",
-    "grpc": "over the network, one process per party, mutual TLS",
+    "local": "as a rehearsal: all sites in one process, on one machine",
+    "grpc": "over the network: one process per party, mutual TLS",
 }
+IN_WORDS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten", "Eleven", "Twelve")
 
 
 def write_report(path: Path, result: Mapping[str, Any], details: Mapping[str, Any]) -> None:
@@ -33,54 +46,47 @@ def write_report(path: Path, result: Mapping[str, Any], details: Mapping[str, An
     path.write_bytes(page(result, details).encode())
 
 
-def page(result: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+def page(result: Input, details: Input) -> str:
     """The whole page, as text; see :func:`write_report`."""
     study = result.get("study") or "study"
-    parts = [part for make in sections.ALL if (part := make(result, details)) is not None]
+    parts = [made for make in SECTIONS if (made := make(result, details)) is not None]
     style = resources.files("atoll.report").joinpath("report.css").read_text(encoding="utf-8")
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
         element("title", study, " – Atoll study report"),
         Html(f"<style>\n{style}</style>"),
     )
-    links = [element("li", element("a", part.title, href=f"#{part.anchor}")) for part in parts]
-    body = element(
-        "body",
-        _masthead(study, result, details),
-        element(
-            "div",
-            element("nav", element("ul", links), aria_label="Contents") if links else None,
-            element("main", [part.html() for part in parts]),
-            class_="columns",
-        ),
-        _footer(result, details),
-    )
+    links = [element("li", element("a", made.title, href=f"#{made.anchor}")) for made in parts]
+    nav = element("nav", element("ul", links), aria_label="Contents")
+    main = element("main", [made.html() for made in parts])
+    columns = element("div", nav, main, class_="columns")
+    body = element("body", _masthead(study, result, details), columns, _footer(result, details))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def _masthead(study: object, result: Mapping[str, Any], details: Mapping[str, Any]) -> Html:
-    sites = result.get("sites") or {}
-    rows = [real(site.get("rows")) for site in sites.values()]
-    everything = sum(n for n in rows if n is not None) if rows and None not in rows else _rows(result)
-    wire = result.get("wire") or {}
-    tiles = [
+def _masthead(study: object, result: Input, details: Input) -> Html:
+    """Study, outcome, key figures, and who, what and how."""
+    sites, found = part(result, "sites"), part(result, "metrics", "federated")
+    tiles: list[tuple[Child, Child]] = [
         ("sites", whole(len(sites)) if sites else NOTHING),
-        ("rows in all", whole(everything)),
-        *_scores(result),
-        ("rounds", whole(result.get("rounds"))),
-        ("left the sites", size(wire.get("from_sites_bytes"))),
+        ("rows in all", whole(_rows(result))),
+        ("AUC", fixed(found.get("auc"))),
+        ("R²", fixed(found.get("r2"))),
+        ("round" if result.get("rounds") == 1 else "rounds", whole(result.get("rounds"))),
+        ("left the sites", size(part(result, "wire").get("from_sites_bytes"))),
         ("time", duration(result.get("seconds"))),
     ]
+    named = [f"{name} ({whole(part(sites, name).get('rows'))} rows)" for name in sites]
     transport = str(result.get("transport") or "")
-    facts = [
+    facts: list[tuple[Child, Child]] = [
         ("Purpose", details.get("purpose")),
-        ("Took part", listed(list(sites), 12) if sites else None),
-        ("Computation", code(result["program"]) if result.get("program") else None),
-        ("Protection", code(result["protection"]) if result.get("protection") else None),
+        ("Took part", listed(named, 12) if sites else None),
+        ("Computation", _code(result.get("program"))),
+        ("Protection", _code(result.get("protection"))),
         ("Ran", TRANSPORTS.get(transport, transport)),
         ("Written", moment(details["created"]) if details.get("created") else None),
     ]
@@ -89,68 +95,62 @@ def _masthead(study: object, result: Mapping[str, Any], details: Mapping[str, An
         element("p", "Atoll · study report", class_="eyebrow"),
         element("h1", study),
         element("p", outcome(result, details), class_="lede"),
-        element(
-            "dl", [element("div", element("dt", t), element("dd", v)) for t, v in tiles if v != NOTHING], class_="tiles"
-        ),
-        element("dl", [element("div", element("dt", t), element("dd", v)) for t, v in facts if v], class_="facts"),
+        terms([(name, value) for name, value in tiles if value != NOTHING], "tiles"),
+        terms(facts, "facts two"),
     )
 
 
-def _rows(result: Mapping[str, Any]) -> object:
-    return (result.get("statistics") or {}).get("rows")
+def _code(value: object) -> Html | None:
+    return None if value in (None, "") else code(value)
 
 
-def _scores(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    found = (result.get("metrics") or {}).get("federated") or {}
-    if real(found.get("auc")) is not None:
-        return [("AUC", fixed(found["auc"]))]
-    return [("R²", fixed(found["r2"]))] if real(found.get("r2")) is not None else []
+def _rows(result: Input) -> float | None:
+    """Rows of all sites; None when a site did not tell and no statistics count them."""
+    told = [real(part(site).get("rows")) for site in part(result, "sites").values()]
+    known = [rows for rows in told if rows is not None]
+    return sum(known) if known and len(known) == len(told) else real(part(result, "statistics").get("rows"))
 
 
-def outcome(result: Mapping[str, Any], details: Mapping[str, Any]) -> str:
+def outcome(result: Input, details: Input) -> str:
     """The outcome in one sentence."""
-    metrics = result.get("metrics") or {}
-    found, pooled = metrics.get("federated") or {}, metrics.get("pooled") or {}
-    sites = len(result.get("sites") or {})
-    together = (
-        f"{counted(sites, 'site')} trained one model without pooling their records" if sites else "A model was trained"
-    )
+    found, pooled = part(result, "metrics", "federated"), part(result, "metrics", "pooled")
+    sites, columns = len(part(result, "sites")), part(result, "statistics", "columns")
+    many = IN_WORDS[sites] if sites < len(IN_WORDS) else f"{sites:,}"
+    together = f"{many} sites trained one model without pooling their records" if sites > 1 else "A model was trained"
     auc, mae = real(found.get("auc")), real(found.get("mae"))
     if auc is not None:
-        best = f"it ranks a positive record above a negative one in {100 * auc:.0f} of 100 pairs (AUC {auc:.3f})"
-        return f"{together}: on records kept aside for testing, {best}{_against(auc, real(pooled.get('auc')))}."
+        ranks = f"it ranks a positive record above a negative one in {100 * auc:.0f} of 100 pairs (AUC {auc:.3f})"
+        return f"{together}: on records kept aside for testing, {ranks}{_against(auc, pooled.get('auc'))}."
     if mae is not None:
-        target = str(((result.get("model") or {}).get("spec") or {}).get("target", ""))
-        unit = (details.get("units") or {}).get(target, "")
-        best = f"its predictions are off by {significant(mae, 3)}{' ' + unit if unit else ''} on average"
-        return f"{together}: on records kept aside for testing, {best}{_against(mae, real(pooled.get('mae')))}."
-    if result.get("model"):
-        return f"{together}; it was not scored on records kept aside."
-    columns = (result.get("statistics") or {}).get("columns")
+        unit = model.target_unit(result, details)
+        off = f"its predictions are off by {significant(mae, 3)}{' ' + unit if unit else ''} on average"
+        return f"{together}: on records kept aside for testing, {off}{_against(mae, pooled.get('mae'))}."
+    if part(result, "model"):
+        return f"{together}. It was not scored on records kept aside."
     if columns:
         where = f" at {counted(sites, 'site')}" if sites else ""
         return f"{whole(_rows(result))} records{where}, described together in {counted(len(columns), 'column')}."
     return f"The study finished after {counted(int(real(result.get('rounds')) or 0), 'round')}."
 
 
-def _against(value: float, pooled: float | None) -> str:
-    if pooled is None:
+def _against(value: float, pooled: object) -> str:
+    """How the pooled model compares, to the three digits that are shown."""
+    other = real(pooled)
+    if other is None:
         return ""
-    if abs(value - pooled) <= 5e-4 * max(abs(pooled), 1e-12):
+    if significant(value, 3) == significant(other, 3):
         return ", the same as a model trained on all records in one place"
-    return f"; a model trained on all records in one place reaches {significant(pooled, 3)}"
+    return f"; a model trained on all records in one place reaches {significant(other, 3)}"
 
 
-def _footer(result: Mapping[str, Any], details: Mapping[str, Any]) -> Html:
-    versions = details.get("versions") or {}
-    lines = [
-        ("Plan hash", code(result["plan_hash"]) if result.get("plan_hash") else None),
-        ("Run", code(result["run"]) if result.get("run") else None),
-        ("Seed", code(result["seed"]) if result.get("seed") is not None else None),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+def _footer(result: Input, details: Input) -> Html:
+    """What identifies the study and the software."""
+    versions = ", ".join(f"{name} {version}" for name, version in part(details, "versions").items())
+    lines: list[tuple[Child, Child]] = [
+        ("Plan hash", _code(result.get("plan_hash"))),
+        ("Run", _code(result.get("run"))),
+        ("Seed", _code(result.get("seed"))),
+        ("Versions", versions),
     ]
-    return element(
-        "footer",
-        element("dl", [element("div", element("dt", t), element("dd", v)) for t, v in lines if v], class_="facts"),
-        join(element("p", "This page holds no record of any person, runs no script and loads nothing.", class_="note")),
-    )
+    closing = element("p", "This page runs no script and loads nothing.", class_="note")
+    return element("footer", terms(lines, "facts"), closing)

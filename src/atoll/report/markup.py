@@ -73,22 +73,20 @@ def table(
     cell of each row is the row's header.
     """
 
-    def kind(place: int) -> str | None:
-        return None if place < text_columns else "number"
+    def line(cells: Sequence[Child], *, head: bool = False) -> Html:
+        made = []
+        for i, cell in enumerate(cells):
+            scope = "col" if head else "row" if i == 0 else None
+            kind = "number" if i >= text_columns else None
+            inside = cell if i else element("span", cell)
+            made.append(element("th" if scope else "td", inside, scope=scope, class_=kind))
+        return element("tr", made)
 
-    head = [element("th", cell, scope="col", class_=kind(i)) for i, cell in enumerate(header)]
-    body = [
-        element(
-            "tr",
-            [
-                element("td" if i else "th", cell, scope=None if i else "row", class_=kind(i))
-                for i, cell in enumerate(row)
-            ],
-        )
-        for row in rows
-    ]
-    label = clean(caption)
-    whole = element("table", element("caption", caption), element("thead", element("tr", head)), element("tbody", body))
+    # The caption's words are in a box of their own, which stays in view when the table is scrolled.
+    named = element("caption", element("span", caption))
+    body = element("tbody", [line(row) for row in rows])
+    whole = element("table", named, element("thead", line(header, head=True)), body)
     # A box that scrolls must be reachable by keyboard, and then needs a role and a name.
-    box = element("div", whole, class_="scroll", tabindex="0", role="region", aria_label=label)
+    kind = "scroll wordy" if text_columns > 1 else "scroll"
+    box = element("div", whole, class_=kind, tabindex="0", role="region", aria_label=clean(caption))
     return join(box, element("p", note, class_="note") if note else None)

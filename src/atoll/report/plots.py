@@ -14,14 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from atoll.report import svg
 from atoll.report.markup import Html
-from atoll.report.svg import (
-    CARD, DATA, FEDERATED, INK, LOCAL, MUTED, POOLED, TEXT_SIZE, plain_axes, render, shortened, ticks,
-)  # fmt: skip
+from atoll.report.svg import FEDERATED, INK, LOCAL, MUTED, POOLED, plain_axes, render, shortened
 from atoll.report.words import fixed, real, significant, size, whole
 
 WIDTH = 340.0
 """CSS pixels: a phone's width less its margins, so that text there keeps its size."""
+THIRD = 262.0
+"""Of plots that may stand three in a row."""
 MOST_SITES = 24
 """Sites in one plot; the table beside it has all of them."""
 COLOURS = {"federated": FEDERATED, "local": LOCAL, "pooled": POOLED}
@@ -32,7 +33,7 @@ Z_95 = 1.959963984540054
 def _numbers(axes: Axes, which: str, most: int = 5, *, whole_only: bool = False) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(most, integer=whole_only, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(ticks))
+    axis.set_major_formatter(FuncFormatter(svg.ticks))
 
 
 def convergence(history: Sequence[Mapping[str, Any]]) -> Html | None:
@@ -98,21 +99,21 @@ def comparison(
                 axes.barh(place + i, value or 0.0, thick, color=COLOURS[kind], linewidth=0)
                 axes.text(
                     max(value or 0.0, 0.0) + 0.02 * reach, place + i, fixed(value), va="center_baseline", color=INK,
-                    fontsize=TEXT_SIZE - 0.5,
+                    fontsize=svg.TEXT_SIZE - 0.5,
                 )  # fmt: skip
         if chance is not None:
             axes.axvline(chance, color=MUTED, linewidth=1, dashes=(3, 3), zorder=0.5)
         middles = [place + (max(len(bars), 1) - 1) / 2 for place, (_, bars) in zip(places, groups, strict=True)]
-        axes.set_yticks(middles, [shortened(site, 14) for site, _ in groups], color=INK)
+        axes.set_yticks(middles, [shortened(site, 12) for site, _ in groups], color=INK)
         axes.set_xticks([])
-        axes.set_xlim(least * 1.05, reach * 1.17)
+        axes.set_xlim(least * 1.05, reach * 1.25)
         axes.set_ylim(bottom - gap - 0.4, -0.6)
 
     told = "; ".join(
         f"{site}: {', '.join(f'{kind} {fixed(value)}' for kind, value in bars.items()) or 'not known'}"
         for site, bars in groups
     )
-    return render(WIDTH, 16 + 15 * bottom, f"Bars: {name} on held-out rows. {told}", paint)
+    return render(THIRD, 16 + 15 * bottom, f"Bars: {name} on held-out rows. {told}", paint)
 
 
 def traffic(to_sites_bytes: object, from_sites_bytes: object) -> Html | None:
@@ -125,7 +126,7 @@ def traffic(to_sites_bytes: object, from_sites_bytes: object) -> Html | None:
         axes = plain_axes(figure)
         axes.spines["left"].set(visible=True, color=MUTED)
         reach = max(sent, received) or 1.0
-        axes.barh([0, 1], [sent, received], 0.56, color=DATA, linewidth=0)
+        axes.barh([0, 1], [sent, received], 0.56, color=svg.DATA, linewidth=0)
         for place, value in enumerate((sent, received)):
             axes.text(value + 0.02 * reach, place, size(value), va="center_baseline", color=INK)
         axes.set_yticks([0, 1], ["to the sites", "from the sites"], color=INK)
@@ -164,7 +165,7 @@ def forest(table: Sequence[Mapping[str, Any]]) -> Html | None:
                 sure = abs(coefficient) > half
                 colour = FEDERATED if sure else MUTED
                 axes.plot([coefficient - half, coefficient + half], [place, place], color=colour)
-                face = colour if sure else CARD
+                face = colour if sure else svg.CARD
                 axes.plot([coefficient], [place], "o", color=colour, markersize=7, markerfacecolor=face)
             axes.axvline(0, color=MUTED, linewidth=1)
             axes.set_yticks(range(len(panel)), [name for name, _, _ in panel], color=INK)
@@ -243,7 +244,7 @@ def calibration(groups: Sequence[Mapping[str, Any]]) -> Html | None:
         axes = plain_axes(figure, grid="both")
         _square(axes, "predicted", "observed")
         areas = 14 + 130 * rows / rows.max()
-        axes.scatter(predicted, observed, areas, color=FEDERATED, edgecolors=CARD, linewidths=1, zorder=3)
+        axes.scatter(predicted, observed, areas, color=FEDERATED, edgecolors=svg.CARD, linewidths=1, zorder=3)
 
     told = "; ".join(f"predicted {100 * p:.0f} %, observed {100 * o:.0f} % ({whole(n)} rows)" for n, p, o in known)
     return render(WIDTH, 290, f"Calibration: {told}", paint)
@@ -264,16 +265,16 @@ def histogram(name: str, column: Mapping[str, Any], unit: str = "") -> Html | No
     def paint(figure: Figure) -> None:
         axes = plain_axes(figure)
         axes.spines["bottom"].set(visible=True, color=MUTED)
-        axes.stairs(counts, edges, fill=True, color=DATA, linewidth=0)
+        axes.stairs(counts, edges, fill=True, color=svg.DATA, linewidth=0)
         mean = real(column.get("mean"))
         if mean is not None and edges[0] <= mean <= edges[-1]:
             axes.axvline(mean, color=INK, linewidth=1.5)
         axes.set_yticks([])
         axes.set_ylim(0, counts.max() * 1.05)
-        _numbers(axes, "x", 4)
+        _numbers(axes, "x", 3)
 
     label = (
         f"Histogram of {name}: {whole(counts.sum())} values between {significant(edges[0])} "
         f"and {significant(edges[-1])}{' ' + unit if unit else ''}, mean {significant(column.get('mean'))}"
     )
-    return render(200, 96, label, paint)
+    return render(150, 82, label, paint)

@@ -77,7 +77,7 @@ def render(width: float, height: float, label: str, paint: Callable[[Figure], No
     different drawings in one page differ.
     """
     with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a glyph that DejaVu lacks is in the reader's typeface
+        warnings.simplefilter("ignore")  # a glyph that DejaVu lacks may be in the reader's typeface
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         paint(figure)
         written = io.StringIO()

@@ -28,12 +28,12 @@ def fixed(value: object, places: int = 3) -> str:
 
 
 def significant(value: object, digits: int = 4) -> str:
-    """With so many significant digits, never fewer than an integer part needs: 1,234 and 0.001234."""
+    """With so many significant digits, and all of an integer's: 12,345, 14.13 and 0.001234."""
     number = real(value)
     if number is None:
         return NOTHING
-    if number == 0:
-        return "0"
+    if number == round(number) and abs(number) < 1e9:
+        return whole(number)
     exponent = math.floor(math.log10(abs(number)))
     if not -5 <= exponent < 9:
         mantissa, _, power = f"{number:.{max(digits - 2, 0)}e}".partition("e")
@@ -69,14 +69,14 @@ def size(size_bytes: object) -> str:
 
 
 def duration(seconds: object) -> str:
-    """0.2 s, 42 s, 3 min 20 s or 2 h 5 min."""
+    """12 ms, 0.20 s, 42 s, 3 min 20 s or 2 h 5 min."""
     number = real(seconds)
     if number is None:
         return NOTHING
-    if number < 0.01:
-        return "under 0.01 s"
-    if number < 60:
-        return f"{number:.2g} s" if number < 10 else f"{number:.0f} s"
+    if number < 0.1:
+        return f"{1000 * number:.0f} ms"
+    if number < 59.5:
+        return f"{number:.2f} s" if number < 1 else f"{number:.1f} s" if number < 9.95 else f"{number:.0f} s"
     minutes, rest = divmod(round(number), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 

@@ -9,29 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
-from atoll.contract.program import REGISTRY
 from atoll.contract.protection import Exchange, Replies, find
-from atoll.contract.rounds import (
-    Arrival,
-    Checkpoint,
-    Field,
-    Gather,
-    Gathered,
-    Metrics,
-    Reduced,
-    Round,
-    Sum,
-    Summed,
-    TaskId,
-)  # fmt: skip
-from atoll.contract.wire import Head, Json, Message
-from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack, verify_release
-from atoll.runtime.site import roster_hash
+from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
+from atoll.contract.wire import Json, Message
+from atoll.runtime.courier import Courier, Flights, all_of
+from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
+from atoll.runtime.results import summarise
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -56,9 +45,9 @@ class Coordinator:
         self.ledger_lock = asyncio.Lock()
 
     async def run(self, run: str) -> dict[str, Any]:
-        """Drive (or resume) a stored run to its end; returns the study's outcome.
+        """Drive (or resume) a stored run to its end; stores its result and returns the study's outcome.
 
-        Whatever ends it, every site is told, and the store says how. Raises the AtollError
+        Whatever ends it, the store says how, and then every site is told. Raises the AtollError
         that failed it, naming site, round and step, under the run's id as trace id.
         """
         record = self.store.run(run)
@@ -67,19 +56,30 @@ class Coordinator:
         try:
             outcome = await driver.drive()
         except asyncio.CancelledError as stop:
-            if "stopping" in stop.args:  # the process ends, not the run: it resumes with the next process
-                raise
-            await asyncio.shield(driver.close("cancelled", None))
-            self.store.set_status(run, "cancelled", "cancelled by the coordinator's operator")
+            if "stopping" not in stop.args:  # else the process ends, not the run: it resumes with the next process
+                await asyncio.shield(driver.end("cancelled", "cancelled by the coordinator's operator", None))
+            raise
+        except AtollError as error:
+            await driver.end("failed", str(error.at(trace=run)), error)
             raise
         except Exception as error:
-            if not isinstance(error, AtollError):
-                error = ProtocolError("coordinator.internal", f"{type(error).__name__} in the coordinator")
-            await driver.close("failed", error.at(trace=run))
-            self.store.set_status(run, "failed", str(error))
-            raise error from None if isinstance(error, AtollError) and error.code != "coordinator.internal" else error
-        await driver.close("finished", None)
+            failure = ProtocolError("coordinator.internal", f"{type(error).__name__} in the coordinator").at(trace=run)
+            await driver.end("failed", str(failure), failure)
+            raise failure from error
+        driver.save(outcome)
+        await driver.end("finished", "", None)
         return outcome
+
+    async def tell_ended(self, site: str) -> None:
+        """Tell a site that came back how runs ended that it could not be told of."""
+        for run, status, error in self.store.owed_closes(site):
+            record = self.store.run(run)
+            courier = Courier(self.transport, run, record["plan"], {})
+            try:
+                await courier.close(site, status, error)
+            except TransportError:
+                return
+            self.store.close_told(run, site)
 
 
 class _Run:
@@ -90,13 +90,15 @@ class _Run:
         roster = owner.store.roster()
         self.sites = sites or plan.cohort.sites or tuple(roster)
         self.roster = {site: roster[site] for site in self.sites if site in roster}
-        self.plan_hash, self.roster_hash = plan.hash, roster_hash(self.roster)
-        self.absent: dict[str, int] = {}
-        self.unanswered: dict[tuple[str, int], Round] = {}
-        self.flying: dict[asyncio.Task[Incoming], tuple[str, int]] = {}
-        self.owed: dict[str, list[Json]] = {}
+        self.courier = Courier(owner.transport, run, plan, self.roster)
+        last = {}
         for finished in owner.store.rounds(run):  # a site's earlier receipts went out with its last task
-            self.owed.update(finished["receipts"])
+            last.update(finished["receipts"])
+        self.courier.owe(last)
+        self.flights = Flights(self.courier)
+        self.absent: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
+        self.began = time.monotonic()
 
     # ---------------------------------------------------------------- the generator
 
@@ -131,8 +133,7 @@ class _Run:
         """A stored reduction, as the generator was sent it the first time."""
         value = unpack(stored, asked)
         if isinstance(value, Arrival):
-            self.unanswered |= {(site, number): asked for site in asked.sites or self.sites}
-            del self.unanswered[value.site, value.asked_round]
+            self.flights.replay(asked, number, self.sites if asked.sites is None else asked.sites, value)
         return value
 
     async def reduce(self, asked: Round, number: int) -> Reduced:
@@ -185,8 +186,7 @@ class _Run:
             except BaseException:
                 chain.seq, chain.head = mark
                 raise
-        for site, owed in receipts.items():
-            self.owed.setdefault(site, []).extend(owed)
+        self.courier.owe(receipts)
         for incoming in (incoming for incomings in replies.values() for incoming in incomings):
             incoming.close()
 
@@ -231,7 +231,7 @@ class _Run:
                 field="cohort.min_sites", remedy="enrol more sites, or lower min_sites",
             )  # fmt: skip
         async with self.owner.ledger_lock:
-            body = {"run": self.run, "plan": self.plan_hash, "study": self.plan.name, "roster": self.roster}
+            body = {"run": self.run, "plan": self.plan.hash, "study": self.plan.name, "roster": self.roster}
             self.owner.ledger.record("opened", body)
         waiting: set[str] = set()
 
@@ -242,18 +242,15 @@ class _Run:
                     self.tell(waiting=sorted(waiting))
                     self.owner.store.set_status(self.run, "running", f"awaiting approval: {', '.join(sorted(waiting))}")
 
-            meta = {"id": f"{self.run}/open/{site}", "run": self.run, "roster": self.roster}
-            meta["plan"] = self.plan.to_json()
-            patience = self.plan.run.deadline_s
             try:
-                return await self.owner.transport.request(site, Message("open", meta), patience, expect("opened"), tell)
+                return await self.courier.announce(site, tell)
             except AtollError as error:
                 return error.at(site=site, step="open")
             finally:
                 waiting.discard(site)
 
         refusals = []
-        answers = await _all(one(site) for site in self.sites)
+        answers = await all_of(one(site) for site in self.sites)
         self.owner.store.set_status(self.run, "running")
         for site, answer in zip(self.sites, answers, strict=True):
             if isinstance(answer, TransportError):
@@ -261,54 +258,39 @@ class _Run:
             elif isinstance(answer, AtollError):
                 refusals.append(answer)
             elif isinstance(rows := answer.meta.get("rows"), int):
-                self.tell(site=site, rows=rows)
+                self.rows[site] = rows
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
 
-    async def close(self, status: str, error: AtollError | None) -> None:
-        """Tell every site how the run ended, with the receipts it is still owed; best effort."""
-        for task in self.flying:
-            task.cancel()
-        public = {**error.public(), **error.where} if error is not None else None
-        patience = min(self.plan.run.deadline_s, 10.0)
+    def save(self, outcome: Mapping[str, Any]) -> None:
+        """Store the result and the model."""
+        store, traffic = self.owner.store, self.owner.transport.traffic.pop(self.run)
+        result, arrays = summarise(
+            self.run, self.plan, outcome, sites={site: self.rows.get(site) for site in self.sites},
+            rounds=len(store.rounds(self.run)), seconds=time.monotonic() - self.began,
+            transport=self.owner.transport.name, traffic=asdict(traffic),
+        )  # fmt: skip
+        store.save_result(self.run, result, arrays)
+
+    async def end(self, status: str, note: str, error: AtollError | None) -> None:
+        """Store how the run ended, then tell every site, with the receipts it is still owed. Sites that
+        cannot be told now are told when they come back."""
+        self.flights.cancel()
+        store, public = self.owner.store, {**error.public(), **error.where} if error is not None else None
+        store.end_run(self.run, status, note, tuple(self.roster), public)
+        reachable = self.owner.transport.sites()
 
         async def one(site: str) -> None:
-            meta = {"id": f"{self.run}/close/{site}", "run": self.run, "status": status, "error": public}
-            message = Message("close", {**meta, "receipts": self.owed.get(site, [])})
             try:
-                await self.owner.transport.request(site, message, patience, expect("closed"))
+                await self.courier.close(site, status, public)
+                store.close_told(self.run, site)
             except AtollError as failure:
                 self.tell(not_told=site, reason=str(failure))
 
-        reachable = self.owner.transport.sites()
-        await _all(one(site) for site in self.roster if site in reachable)
+        await all_of(one(site) for site in self.roster if site in reachable)
         async with self.owner.ledger_lock:
             self.owner.ledger.record("closed", {"run": self.run, "status": status, "error": public})
 
     # ---------------------------------------------------------------- exchanges
-
-    async def ask(self, asked: Round, number: int, exchange: Exchange, site: str) -> Incoming:
-        """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
-        task = TaskId(self.run, number, 0, exchange.step, site)
-        owed = list(self.owed.get(site, []))
-        meta: dict[str, Json] = {
-            "id": str(task),
-            **task.to_json(),
-            "name": asked.name,
-            "program": asked.program,
-            "version": REGISTRY[asked.program].version,
-            "params": asked.params,
-            "fields": {name: declared.to_json() for name, declared in exchange.fields.items()},
-            "reduce": asked.reduce.tag,
-            "view": asked.view,
-            "receipts": owed,
-        }
-        message = Message("task", meta, {**asked.send, **asked.send_to.get(site, {}), **exchange.send})
-        check = expect("release", exchange.fields)
-        incoming = await self.owner.transport.request(site, message, self.plan.run.deadline_s, check)
-        public = bytes.fromhex(self.roster[site])
-        verify_release(incoming, message, public, self.plan_hash, self.roster_hash)
-        self.owed[site] = self.owed.get(site, [])[len(owed) :]
-        return incoming
 
     async def exchange(self, asked: Round, number: int, exchange: Exchange) -> dict[str, Incoming]:
         """Verified replies of one exchange, in cohort order; sites that dropped out are absent.
@@ -318,7 +300,7 @@ class _Run:
 
         async def one(site: str) -> Incoming | None:
             try:
-                return await self.ask(asked, number, exchange, site)
+                return await self.courier.ask(asked, number, exchange, site)
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
                 if isinstance(error, TransportError) or error.code == "site.out-of-memory":
@@ -327,48 +309,22 @@ class _Run:
                     raise
                 return None
 
-        answers = await _all(one(site) for site in exchange.sites)
+        answers = await all_of(one(site) for site in exchange.sites)
         return {site: answer for site, answer in zip(exchange.sites, answers, strict=True) if answer is not None}
 
     async def next_arrival(
         self, asked: Round, number: int, sites: Sequence[str]
     ) -> tuple[Arrival, dict[str, list[Incoming]]]:
         """Dispatch to *sites*, then wait for one reply of all that are in flight."""
-        self.unanswered |= {(site, number): asked for site in sites}
-        for (site, when), what in self.unanswered.items():
-            if (site, when) not in self.flying.values():
-                task = asyncio.ensure_future(self.ask(what, when, Exchange("reply", (site,), what.reply), site))
-                self.flying[task] = (site, when)
-        while self.flying:
-            done, _ = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
-            task = done.pop()
-            site, asked_round = self.flying.pop(task)
-            del self.unanswered[site, asked_round]
-            try:
-                incoming = task.result()
-            except AtollError as error:
-                error.at(site=site, round=asked_round, step=f"{asked.program}/{asked.name}", trace=self.run)
-                if not isinstance(error, TransportError):
-                    raise
-                self.dropped(site, error)
-                continue
-            return Arrival(site, asked_round, incoming.arrays()), {site: [incoming]}
-        raise ProtocolError("stream.idle", "a Stream round waits, but no site is computing", field=asked.name)
-
-
-def expect(kind: str, fields: Mapping[str, Field] | None = None) -> Callable[[Head], None]:
-    """A check of a reply's header: kind, names, dtypes and sizes, before memory is allocated."""
-    declared = fields or {}
-
-    def check(head: Head) -> None:
-        if head.kind == "failure" and not head.specs:
-            raise AtollError.from_public(head.meta)
-        if head.kind != kind or {spec.name for spec in head.specs} != set(declared):
-            raise ProtocolError("reply.fields", f"a {head.kind} with other fields instead of a {kind}")
-        for spec in head.specs:
-            declared[spec.name].check(spec.name, spec)
-
-    return check
+        self.flights.dispatch(asked, number, sites)
+        while True:
+            site, asked_round, answer = await self.flights.next()
+            if isinstance(answer, Incoming):
+                return Arrival(site, asked_round, answer.arrays()), {site: [answer]}
+            answer.at(site=site, round=asked_round, step=f"{asked.program}/{asked.name}", trace=self.run)
+            if not isinstance(answer, TransportError):
+                raise answer
+            self.dropped(site, answer)
 
 
 def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:
@@ -377,15 +333,3 @@ def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) 
         return combining.send(arrived)
     except StopIteration as stop:
         return stop.value  # type: ignore[no-any-return]
-
-
-async def _all(requests: Iterable[Any]) -> list[Any]:
-    """Await all, in order; when one raises, the others are cancelled."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    try:
-        return list(await asyncio.gather(*tasks))
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

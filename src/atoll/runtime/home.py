@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.contract.errors import IntegrityError, PlanError
-from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.contract.plan import Plan
+from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto import pki
 from atoll.crypto.identity import Identity, check_private, write_private

@@ -40,7 +40,7 @@ class Journal:
     def __init__(self, path: Path | str, party: str, public: bytes, sign: Signer, *, durable: bool = True) -> None:
         """durable=False skips fsync (for sandboxes whose journal dies with the process)."""
         self._lock = threading.RLock()
-        self._folder = Path(path).parent
+        self._path = Path(path)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
@@ -51,6 +51,7 @@ class Journal:
         if not last:
             with self.transaction():
                 self._append(self.chain.genesis())
+        self._sweep()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -127,7 +128,18 @@ class Journal:
 
     def _large(self, seq: int) -> Path:
         """Where a release too large for the database is kept."""
-        return self._folder / f"release-{seq}.bin"
+        return self._path.with_name(f"{self._path.name}-release-{seq}.bin")
+
+    def _sweep(self) -> None:
+        """Remove large releases that a crash left behind: written but not stored, or acknowledged."""
+        mark = f"{self._path.name}-release-"
+        if any(path.name.startswith(mark) for path in self._path.parent.iterdir()):
+            with self.transaction():  # nobody else is writing one now
+                rows = self._db.execute("SELECT seq FROM release WHERE length(message) = 0")
+                kept = {self._large(seq) for (seq,) in rows}
+                for path in self._path.parent.iterdir():
+                    if path.name.startswith(mark) and path not in kept:
+                        path.unlink(missing_ok=True)
 
     def _keep(self, seq: int, message: Message) -> bytes:
         """The message as the database's blob; a large one goes to a file instead, without another copy."""
@@ -135,9 +147,10 @@ class Journal:
         if sum(len(part) for part in parts) <= LARGE_BYTES:
             return b"".join(parts)
         descriptor = os.open(self._large(seq), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
+        with os.fdopen(descriptor, "wb") as file:  # buffered: writes the rest when the disk takes a part
             for part in parts:
                 file.write(part)
+            file.flush()
             os.fsync(descriptor)
         return b""
 
@@ -152,15 +165,22 @@ class Journal:
         receipts: Sequence[Receipt] = (),
     ) -> Message:
         """Ledger entry, release, state and receipts, in one transaction; returns the message that may now leave."""
-        with self.transaction():
-            large = self._store_receipts(receipts, sign=False)
-            entry = self._append(self.chain.next("release", body))
-            message = Message("release", {"re": task, "entry": entry}, arrays)
-            row = (entry["seq"], task, run, entry["hash"], self._keep(entry["seq"], message))
-            self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
-            if state:
-                stored = encode_bytes(Message("state", {}, dict(state)))
-                self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
+        seq = None
+        try:
+            with self.transaction():
+                large = self._store_receipts(receipts, sign=False)
+                entry = self._append(self.chain.next("release", body))
+                message = Message("release", {"re": task, "entry": entry}, arrays)
+                seq = entry["seq"]
+                row = (seq, task, run, entry["hash"], self._keep(seq, message))
+                self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
+                if state:
+                    stored = encode_bytes(Message("state", {}, dict(state)))
+                    self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
+        except BaseException:
+            if seq is not None:  # what was written of a large release would keep the disk full
+                self._forget([seq])
+            raise
         self._forget(large)
         return message
 

@@ -9,7 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.contract.errors import AtollError, PolicyError, refuse_all
-from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.contract.plan import Plan
+from atoll.contract.settings import read_yaml, validate
 
 Shareable = Literal["rows", "metrics"]
 

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atoll.contract.errors import AtollError, ProtocolError, TransportError
-from atoll.contract.plan import Plan, read_yaml, validate
+from atoll.contract.plan import Plan
+from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto.identity import Identity
 from atoll.crypto.pki import check_name
+from atoll.data.recipe import with_hold_out
 from atoll.data.sources import SourceSpec, read_source
 from atoll.data.table import Table, concatenate
 from atoll.runtime.catalogue import load_installed
@@ -35,8 +37,8 @@ from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.results import details, write_json, write_model
-from atoll.runtime.serve import finish, settle
-from atoll.runtime.site import Site, with_hold_out
+from atoll.runtime.serve import settle
+from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
 from atoll.runtime.study import check_plan
 from atoll.transport.local import LocalTransport
@@ -78,7 +80,6 @@ def run_sandbox(
         exported = {path.stem: path for path in ledgers.glob("*.jsonl")}
         shown = details(plan, store.metrics(run), store.rounds(run), exported)
         store.close()
-    result["transport"] = transport
     shown["curves"] = result.pop("curves", {})
     if result["metrics"]["federated"]:
         _compare(plan, tables, result, tell)
@@ -115,18 +116,9 @@ def _run_local(
         endpoints[name] = site.handle
     run = store.create_run(plan, tuple(tables))
     transport = LocalTransport(endpoints)
-    rows: dict[str, int] = {}
-
-    def listen(event: dict[str, Any]) -> None:
-        if "rows" in event:
-            rows[event["site"]] = event["rows"]
-        tell(event)
-
-    began = time.monotonic()
     try:
-        coordinator = Coordinator(transport, store, ledger, on_event=listen)
-        outcome = asyncio.run(coordinator.run(run))
-        finish(store, coordinator, run, outcome, time.monotonic() - began, "local", rows)
+        coordinator = Coordinator(transport, store, ledger, on_event=tell)
+        asyncio.run(coordinator.run(run))
     finally:
         transport.close()
         if ledgers is not None:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -20,9 +19,7 @@ from atoll.contract.wire import Json
 from atoll.runtime.catalogue import load_installed, load_modules
 from atoll.runtime.coordinator import Coordinator
 from atoll.runtime.home import CoordinatorHome, SiteHome
-from atoll.runtime.results import summarise
 from atoll.runtime.site import Site
-from atoll.runtime.store import RunStore
 from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
 
 log = logging.getLogger("atoll.serve")
@@ -36,34 +33,27 @@ class CoordinatorServer:
     def __init__(self, home: CoordinatorHome, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         load_installed()
         self._home, self._store = home, home.store()
-        self._events: dict[str, dict[str, Any]] = {}
         self._tell = on_event or (lambda _: None)
         store = self._store
         self._transport = GrpcTransport(
             lambda pem: home.authorise(store, pem),
             enrol=lambda _, request: home.enrol(store, request),
             renew=lambda site, request: home.renew(store, site, request),
-            on_connect=store.seen,
+            on_connect=self._connected,
             spool_dir=home.folder,
         )
         ledger = store.ledger(home.identity.public, home.identity.sign)
-        self._coordinator = Coordinator(self._transport, store, ledger, on_event=self._on_event)
+        self._coordinator = Coordinator(self._transport, store, ledger, on_event=on_event)
         self._running: dict[str, asyncio.Task[None]] = {}
-        self._rows: dict[str, dict[str, int]] = {}
+        self._telling: set[asyncio.Task[None]] = set()
         self._dropouts: dict[str, dict[str, str]] = {}
         self._cancelled: set[str] = set()
 
-    def _on_event(self, event: dict[str, Any]) -> None:
-        if "rows" in event:
-            self._rows.setdefault(event["run"], {})[event["site"]] = event["rows"]
-        elif "dropout" in event:
-            self._dropouts.setdefault(event["run"], {})[event["dropout"]] = event["reason"]
-            self._store.set_status(event["run"], "running", self._note(event["run"]))
-        self._tell(event)
-
-    def _note(self, run: str) -> str:
-        """Who dropped out of a run, and why: what the operator reads while it goes on, and after it."""
-        return "\n".join(f"{site} dropped out: {why}" for site, why in self._dropouts.get(run, {}).items())
+    def _connected(self, site: str) -> None:
+        self._store.seen(site)
+        telling = asyncio.ensure_future(self._coordinator.tell_ended(site))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def serve(self) -> None:
         """Until cancelled; runs that were open when an earlier process ended are resumed."""
@@ -99,30 +89,12 @@ class CoordinatorServer:
                 self._transport.disconnect(site)
 
     async def _drive(self, run: str) -> None:
-        began = time.monotonic()
         try:
-            outcome = await self._coordinator.run(run)
-            seconds, rows = time.monotonic() - began, self._rows.get(run, {})
-            finish(self._store, self._coordinator, run, outcome, seconds, "grpc", rows, self._note(run))
+            await self._coordinator.run(run)
         except AtollError as error:
             log.error("run %s failed: %s", run, error)
         finally:
-            self._transport.traffic.pop(run, None)
             self._tell({"run": run, "ended": self._store.run(run)["status"]})
-
-
-def finish(
-    store: RunStore, coordinator: Coordinator, run: str, outcome: Mapping[str, Any], seconds: float, transport: str,
-    rows: Mapping[str, int], note: str = "",
-) -> None:  # fmt: skip
-    """Store a finished run's result and model; *note* is what the operator reads."""
-    record, traffic = store.run(run), coordinator.transport.traffic[run]
-    result, arrays = summarise(
-        run, record["plan"], outcome, sites={site: rows.get(site) for site in record["sites"]},
-        rounds=len(store.rounds(run)), seconds=seconds, transport=transport,
-        traffic={"to_sites_bytes": traffic.to_sites_bytes, "from_sites_bytes": traffic.from_sites_bytes},
-    )  # fmt: skip
-    store.finish(run, "finished", note, result, arrays)
 
 
 async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:

@@ -26,8 +26,8 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
-from atoll.data.recipe import Prepared
-from atoll.data.table import Table, hold_out
+from atoll.data.recipe import Prepared, with_hold_out
+from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
 from atoll.runtime.egress import EgressGate, Request
@@ -99,7 +99,9 @@ class Site:
         except AtollError as error:
             failure = error.at(**where)
         except MemoryError:
-            failure = ProtocolError("site.out-of-memory", "not enough memory at the site").at(**where)
+            failure = ProtocolError(
+                "site.out-of-memory", "not enough memory at the site", remedy="give the site's process more memory"
+            ).at(**where)
         except Exception:
             log.error("%s: unexpected error in run %s\n%s", self.name, meta.get("run"), traceback.format_exc())
             failure = ProtocolError(
@@ -280,19 +282,3 @@ def _must_be_running(status: str) -> None:
             "run.not-open", f"the run is {status} at this site", field="run",
             remedy="it was closed, or never opened here: start a new one",
         )  # fmt: skip
-
-
-def with_hold_out(table: Table, plan: Plan, site: str) -> Table:
-    """*table* with the rows marked that the plan keeps for evaluation (unless already marked).
-
-    Strata are the classes of the program's target, where it is a code list that the recipe's
-    steps before any fitting already yield.
-    """
-    if table.held_out is not None:
-        return table
-    ready = Prepared(plan.recipe).apply(table, {})
-    target = str(plan.params.get("target", ""))
-    column = ready.schema.columns.get(target)
-    labels = ready[target] if column is not None and column.values is not None else None
-    held = hold_out(labels, len(table), plan.run.holdout, plan.run.seed, site)
-    return Table(table.schema, table.columns, held)

@@ -51,6 +51,11 @@ METRICS = sa.Table(
     sa.Column("run", sa.String(32), primary_key=True), sa.Column("step", sa.Integer, primary_key=True),
     sa.Column("name", sa.String(100), primary_key=True), sa.Column("value", sa.Float, nullable=False),
 )  # fmt: skip
+UNTOLD = sa.Table(
+    "untold", _meta,
+    sa.Column("site", sa.String(64), primary_key=True), sa.Column("run", sa.String(32), primary_key=True),
+    sa.Column("status", sa.String(40), nullable=False), sa.Column("error", sa.Text, nullable=False),
+)  # fmt: skip
 LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True), sa.Column("line", sa.Text))
 SITES = sa.Table(
     "sites", _meta,
@@ -130,12 +135,30 @@ class RunStore:
             if db.execute(RUNS.update().where(RUNS.c.run == run).values(cancel=True)).rowcount != 1:
                 raise PlanError("run.unknown", "there is no such run", field="run", remedy="`atoll coordinator status`")
 
-    def finish(self, run: str, status: str, note: str, result: Mapping[str, Json], arrays: Mapping[str, Array]) -> None:
-        """Store a finished run's result and model."""
+    def end_run(self, run: str, status: str, note: str, sites: Sequence[str], error: Json) -> None:
+        """Store how a run ended, and that *sites* do not know it yet."""
+        with self._begin() as db:
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note))
+            db.execute(UNTOLD.delete().where(UNTOLD.c.run == run))
+            for site in sites:
+                db.execute(UNTOLD.insert().values(site=site, run=run, status=status, error=json.dumps(error)))
+
+    def owed_closes(self, site: str) -> list[tuple[str, str, Json]]:
+        """(run, status, error) of ended runs that *site* must still be told of."""
+        with self._begin() as db:
+            rows = db.execute(sa.select(UNTOLD.c.run, UNTOLD.c.status, UNTOLD.c.error).where(UNTOLD.c.site == site))
+            return [(run, status, json.loads(error)) for run, status, error in rows]
+
+    def close_told(self, run: str, site: str) -> None:
+        """*site* knows now."""
+        with self._begin() as db:
+            db.execute(UNTOLD.delete().where(UNTOLD.c.run == run, UNTOLD.c.site == site))
+
+    def save_result(self, run: str, result: Mapping[str, Json], arrays: Mapping[str, Array]) -> None:
+        """Store a run's result and model."""
         with self._begin() as db:
             self._write_blob(db, run, "model", Message("model", {}, dict(arrays)))
-            text = json.dumps(result)
-            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note, result=text))
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(result=json.dumps(result)))
 
     def result(self, run: str) -> tuple[dict[str, Json], dict[str, Array]]:
         """A finished run's (result, model arrays); raises PlanError if it has none."""

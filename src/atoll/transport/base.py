@@ -10,17 +10,20 @@ TransportError.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from atoll.contract.errors import TransportError
+from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.wire import Head, Json, Message
 from atoll.transport.spool import Incoming
 
+log = logging.getLogger("atoll.transport")
 T = TypeVar("T")
 Progress = Callable[[Mapping[str, Json]], None]
-"""Called with a small JSON object whenever the peer tells that work goes on."""
+"""Called with a small JSON object whenever the peer tells that work goes on. The coordinator's is
+called in its event loop; an endpoint may call its own from any thread."""
 
 HeadCheck = Callable[[Head], None]
 """Called with a reply's header before memory is allocated for its body; raises to refuse it."""
@@ -82,9 +85,20 @@ class Traffic:
     from_sites_bytes: int = 0
 
 
+def broken(request: Json, error: Exception) -> Message:
+    """What a site answers to *request* (an id) when its endpoint raised, or gave no message: never silence."""
+    if not isinstance(error, AtollError):
+        log.error("unexpected error in a request", exc_info=error)
+        error = ProtocolError(
+            "site.internal", "unexpected error", remedy="the site's own log has the details under the trace id"
+        )
+    return Message("failure", {"re": request, **error.public()})
+
+
 class Transport(Protocol):
     """What the coordinator's driver needs. Implementations pass tests/transport/test_contract.py."""
 
+    name: str
     traffic: dict[str, Traffic]
     """By run id; "" collects what belongs to none."""
 

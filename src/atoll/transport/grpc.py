@@ -23,7 +23,7 @@ import grpc.aio
 
 from atoll.contract.errors import AtollError, IntegrityError, ProtocolError, TransportError
 from atoll.contract.wire import HEADER_LIMIT_BYTES, Head, Json, Message, parse_json, to_json
-from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic
+from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic, broken
 from atoll.transport.link import Link, frame_id
 from atoll.transport.spool import Incoming
 
@@ -118,6 +118,8 @@ class _SiteLink:
 class GrpcTransport:
     """The coordinator's side: a server that sites connect to."""
 
+    name = "grpc"
+
     def __init__(
         self,
         authorise: Callable[[bytes], str],
@@ -193,8 +195,8 @@ class GrpcTransport:
         run = str(message.meta.get("run", ""))
         waiting = _Pending(check, progress, Patience(site, deadline_s), run)
         end.pending[frame_id(name)] = waiting
-        self.traffic[run].to_sites_bytes += end.link.send(name, message)
         try:
+            self.traffic[run].to_sites_bytes += end.link.send(name, message)
             return await waiting.patience.wait(waiting.future)
         finally:
             end.link.forget(name)
@@ -356,7 +358,10 @@ class GrpcSite:
         def tell(note: Mapping[str, Json]) -> None:
             self._loop.call_soon_threadsafe(self._progress, frame, to_json(dict(note)))
 
-        reply = self._endpoint(message, tell)
+        try:
+            reply = self._endpoint(message, tell)
+        except Exception as error:
+            reply = broken(name, error)
         with contextlib.suppress(RuntimeError):  # the loop has ended: the process is going down
             self._loop.call_soon_threadsafe(self._answer, name, reply)
 
@@ -369,7 +374,10 @@ class GrpcSite:
         self._busy.discard(frame)
         if self._link is not None:
             self._answered[frame] = name
-            self._link.send(name, reply)
+            try:
+                self._link.send(name, reply)
+            except (AtollError, ValueError, TypeError) as error:  # it cannot be encoded
+                self._link.send(name, broken(name, error))
 
 
 def _channel(address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None) -> grpc.aio.Channel:

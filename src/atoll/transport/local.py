@@ -7,29 +7,24 @@ import contextlib
 import os
 import queue
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 
 from atoll.contract.errors import TransportError
-from atoll.contract.wire import Json, Message, encode, read_head
-from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic
+from atoll.contract.wire import Head, Json, Message, encode, read_head
+from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic, broken
 from atoll.transport.spool import Incoming
 
-_Done = tuple[Incoming, int, int]
-_Job = tuple[asyncio.AbstractEventLoop, Callable[[], _Done], "asyncio.Future[_Done]"]
+_Job = tuple[asyncio.AbstractEventLoop, Callable[[], Incoming], "asyncio.Future[Incoming]"]
+_Done = tuple["asyncio.Future[Incoming]", Incoming | None, BaseException | None]
 
 
-def _through_codec(message: Message, check: HeadCheck | None = None) -> tuple[Incoming, int]:
-    """The message as the other side receives it, and its size in bytes."""
-    first, *parts = encode(message)
-    head = read_head(first)
-    if check is not None:
-        check(head)
+def _received(head: Head, parts: list[memoryview | bytes]) -> Incoming:
+    """A message as the other side receives it."""
     incoming = Incoming(head)
     for part in parts:
         incoming.write(part)
-    return incoming, head.total_bytes
+    return incoming
 
 
 class _Workers:
@@ -40,13 +35,15 @@ class _Workers:
 
     def __init__(self, threads: int) -> None:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._finished: dict[asyncio.AbstractEventLoop, list[_Done]] = {}
+        self._guard = threading.Lock()
         self._threads = [threading.Thread(target=self._run, name=f"site-{i}", daemon=True) for i in range(threads)]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, work: Callable[[], _Done]) -> asyncio.Future[_Done]:
+    def submit(self, work: Callable[[], Incoming]) -> asyncio.Future[Incoming]:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Done] = loop.create_future()
+        future: asyncio.Future[Incoming] = loop.create_future()
         self._queue.put((loop, work, future))
         return future
 
@@ -55,34 +52,50 @@ class _Workers:
             self._queue.put(None)
 
     def _run(self) -> None:
-        finished: list[tuple[asyncio.Future[_Done], _Done | None, BaseException | None]] = []
-        began = time.monotonic()
         while (job := self._queue.get()) is not None:
-            loop, work, future = job
-            if not finished:
-                began = time.monotonic()
-            try:
-                finished.append((future, work(), None))
-            except BaseException as error:
-                finished.append((future, None, error))
-            if self._queue.empty() or time.monotonic() - began > self.BATCH_S:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                    loop.call_soon_threadsafe(_deliver, finished)
-                finished = []
+            self._do(*job)
+            del job  # what may be large is not kept until the next
 
-
-def _deliver(finished: list[tuple[asyncio.Future[_Done], _Done | None, BaseException | None]]) -> None:
-    for future, result, error in finished:
+    def _do(
+        self, loop: asyncio.AbstractEventLoop, work: Callable[[], Incoming], future: asyncio.Future[Incoming]
+    ) -> None:
         if future.done():  # cancelled, or its deadline has passed
-            continue
-        if result is not None:
-            future.set_result(result)
-        else:
-            future.set_exception(error or RuntimeError("no result"))
+            return
+        done: _Done
+        try:
+            done = (future, work(), None)
+        except BaseException as error:
+            done = (future, None, error)
+        with self._guard:
+            batch = self._finished.setdefault(loop, [])
+            batch.append(done)
+            first = len(batch) == 1
+        try:
+            if self._queue.empty():
+                loop.call_soon_threadsafe(self._deliver, loop)
+            elif first:  # at most so much later, however long the next piece of work takes
+                loop.call_soon_threadsafe(loop.call_later, self.BATCH_S, self._deliver, loop)
+        except RuntimeError:  # the loop was closed: nobody waits any more
+            self._taken(loop)
+
+    def _taken(self, loop: asyncio.AbstractEventLoop) -> list[_Done]:
+        with self._guard:
+            return self._finished.pop(loop, [])
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
+        for future, result, error in self._taken(loop):
+            if future.done():
+                continue
+            if result is not None:
+                future.set_result(result)
+            else:
+                future.set_exception(error or RuntimeError("no result"))
 
 
 class LocalTransport:
     """Sites as endpoints in this process, run on a few threads."""
+
+    name = "local"
 
     def __init__(self, endpoints: Mapping[str, Endpoint], threads: int | None = None) -> None:
         self._endpoints = dict(endpoints)
@@ -97,26 +110,35 @@ class LocalTransport:
         self, site: str, message: Message, deadline_s: float, check: HeadCheck, progress: Progress | None = None
     ) -> Incoming:
         """See :class:`atoll.transport.base.Transport`."""
-        patience = Patience(site, deadline_s)
+        patience, loop, passed = Patience(site, deadline_s), asyncio.get_running_loop(), Traffic()
 
         def tell(note: Mapping[str, Json]) -> None:
             patience.heard()
             if progress is not None:
-                progress(note)
+                with contextlib.suppress(RuntimeError):  # the loop was closed
+                    loop.call_soon_threadsafe(progress, note)
 
-        def work() -> tuple[Incoming, int, int]:
-            arrived, sent_bytes = _through_codec(message)
-            reply = self._endpoints[site](arrived.message(), tell)
-            incoming, received_bytes = _through_codec(reply, check)
-            return incoming, sent_bytes, received_bytes
+        def work() -> Incoming:
+            first, *parts = encode(message)
+            head = read_head(first)
+            passed.to_sites_bytes = head.total_bytes
+            try:
+                first, *parts = encode(self._endpoints[site](_received(head, parts).message(), tell))
+            except Exception as error:
+                first, *parts = encode(broken(message.meta["id"], error))
+            head = read_head(first)
+            passed.from_sites_bytes = head.total_bytes
+            check(head)
+            return _received(head, parts)
 
         if site not in self._endpoints:
             raise TransportError("transport.unknown-site", f"there is no site {site!r}", field=site)
-        incoming, sent_bytes, received_bytes = await patience.wait(self._workers.submit(work))
-        traffic = self.traffic[str(message.meta.get("run", ""))]
-        traffic.to_sites_bytes += sent_bytes
-        traffic.from_sites_bytes += received_bytes
-        return incoming
+        try:
+            return await patience.wait(self._workers.submit(work))
+        finally:
+            traffic = self.traffic[str(message.meta.get("run", ""))]
+            traffic.to_sites_bytes += passed.to_sites_bytes
+            traffic.from_sites_bytes += passed.from_sites_bytes
 
     def close(self) -> None:
         """Stop the threads; work in progress is not waited for."""

@@ -97,7 +97,9 @@ class Incoming:
         item = int(spec.dtype[2:])
         for done in range(0, spec.size_bytes, PIECE_BYTES):
             size = min(PIECE_BYTES, spec.size_bytes - done)
-            yield done // item, np.frombuffer(self._read(start + done, size), dtype=spec.dtype)
+            piece = np.frombuffer(self._read(start + done, size), dtype=spec.dtype)
+            piece.flags.writeable = False
+            yield done // item, piece
 
     def array(self, name: str) -> Array:
         """One whole array, read-only."""
@@ -112,10 +114,16 @@ class Incoming:
             return read_body(self.head, self._memory)
         return {spec.name: self.array(spec.name) for spec in self.head.specs}
 
-    def _read(self, start: int, size: int) -> bytes | memoryview:
+    def _read(self, start: int, size: int) -> memoryview:
         if self._file is None:
             return memoryview(self._memory)[start : start + size]
-        return os.pread(self._file.fileno(), size, start)
+        left = whole = memoryview(bytearray(size))
+        while left:  # one read gives at most 2 GiB
+            got = os.preadv(self._file.fileno(), [left], start + size - len(left))
+            if not got:
+                raise ProtocolError("wire.truncated", "a body is read before it has come")
+            left = left[got:]
+        return whole
 
     def message(self) -> Message:
         """The whole message, in memory."""

@@ -1,0 +1,152 @@
+"""The report's sections about data and custody: statistics, preparation, what left each site, traffic, proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from atoll.report import plots
+from atoll.report.markup import Child, Html, code, element, join, table
+from atoll.report.section import Input, Section, beside, cards, figure, part, text, unit_of
+from atoll.report.words import NOTHING, counted, duration, listed, percent, real, significant, size, whole
+
+MOST_HISTOGRAMS = 60
+"""Histograms in one page; the table has every column."""
+
+
+def statistics(result: Input, details: Input) -> Section | None:
+    """Columns' statistics over all sites, with small histograms."""
+    columns = part(result, "statistics", "columns")
+    if not columns:
+        return None
+    pictures: list[Html | None] = []
+    rows: list[list[Child]] = []
+    for name, found in columns.items():
+        unit = unit_of(details, name)
+        if len(pictures) < MOST_HISTOGRAMS:
+            pictures.append(figure(plots.histogram(name, part(found), unit), name, unit or None))
+        missing = whole(part(found).get("missing"))
+        if real(part(found).get("missing")):
+            missing += f" ({percent(found['missing'], found.get('rows'))})"
+        shown = [significant(part(found).get(key)) for key in ("mean", "std", "low", "high")]
+        title = join(name, element("small", unit) if unit else None)
+        rows.append([title, whole(part(found).get("count")), missing, *shown])
+    said = f"{whole(part(result, 'statistics').get('rows'))} rows of all sites together."
+    hint = " The line in a histogram marks the mean." if any(pictures) else ""
+    note = (
+        "Smallest and largest values never leave a site: low and high are edges of histogram bins, "
+        "with at least a few rows at or beyond each."
+    )
+    header = ["Column", "Values", "Missing", "Mean", "Standard deviation", "Low", "High"]
+    whole_table = table("All sites together, in the columns’ units", header, rows, note=note)
+    return Section("statistics", "Statistics", [text(said, hint), cards(pictures, "small"), whole_table])
+
+
+def preparation(result: Input, details: Input) -> Section | None:
+    """Values that the recipe's steps computed over all sites."""
+    rows: list[list[Child]] = []
+    for step, fitted in part(result, "fitted").items():
+        for column, value in part(fitted).items():
+            unit = unit_of(details, column)
+            title = join(column, element("small", unit) if unit else None)
+            rows.append([title, int(step) + 1 if str(step).isdecimal() else step, _value(value)])
+    if not rows:
+        return None
+    said = "Every site prepared its table in the same way, with these values, computed from all sites together."
+    header = ["Column", "Step of the recipe", "Value"]
+    return Section("preparation", "Preparation", [text(said), table("Values used in preparation", header, rows)])
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    return significant(value) if value is None or isinstance(value, float | int) else str(value)
+
+
+def releases(result: Input, details: Input) -> Section | None:
+    """What left each site, in words; sites that released the same share one table."""
+    known, privacy = part(details, "releases"), part(result, "privacy")
+    order = {site: place for place, site in enumerate(part(result, "sites"))}
+    found = {site: known[site] for site in sorted(known, key=lambda site: order.get(site, len(order)))}
+    if not found and not privacy.get("statement"):
+        return None
+    alike: dict[tuple[tuple[object, ...], ...], list[str]] = {}
+    for site, items in found.items():
+        key = tuple((i.get("what"), i.get("handler"), i.get("program"), i.get("times")) for i in items)
+        alike.setdefault(key, []).append(site)
+    tables: list[Child] = []
+    for kinds, sites in alike.items():
+        rows = []
+        for i, (what, handler, program, times) in enumerate(kinds):
+            sizes = [n for site in sites if (n := real(found[site][i].get("bytes"))) is not None]
+            rows.append([what, join(code(handler), element("small", code(program))), whole(times), _span(sizes)])
+        each = f"Each of {listed(sites, 12)} released" if len(sites) > 1 else f"{sites[0]} released"
+        header = ["What", "For", "Times", "Size per site" if len(sites) > 1 else "Size"]
+        tables.append(table(each, header, rows, text_columns=2) if rows else text(each, " nothing."))
+    said = (
+        "Records stay where they are. Each site writes every message into its own signed ledger before sending it; "
+        "this is what the ledgers list."
+    )
+    return Section("releases", "What left each site", [text(said) if found else None, _promise(result), tables])
+
+
+def _promise(result: Input) -> Child:
+    """Protection, what it means, and the privacy loss."""
+    privacy = part(result, "privacy")
+    epsilon = real(privacy.get("epsilon"))
+    loss = "none: no ε is claimed."
+    if epsilon is not None:
+        loss = f"ε = {significant(epsilon, 3)}" + (f" for each {privacy['unit']}." if privacy.get("unit") else ".")
+    named = privacy.get("protection") or result.get("protection")
+    return element(
+        "div",
+        text(element("b", "Protection: "), code(named) if named else NOTHING),
+        text(privacy["statement"]) if privacy.get("statement") else None,
+        text(element("b", "Differential privacy: "), loss),
+        class_="promise",
+    )
+
+
+def _span(sizes: Sequence[float]) -> str:
+    if not sizes:
+        return NOTHING
+    least, most = size(min(sizes)), size(max(sizes))
+    return least if least == most else f"{least} to {most}"
+
+
+def traffic(result: Input, details: Input) -> Section | None:
+    """Bytes on the wire, and time by kind of round."""
+    wire = part(result, "wire")
+    sent, received = real(wire.get("to_sites_bytes")), real(wire.get("from_sites_bytes"))
+    picture = figure(plots.traffic(sent, received), "Bytes on the wire", "all sites and rounds, envelopes included")
+    kinds: dict[str, list[float]] = {}
+    for row in details.get("rounds") or []:
+        kinds.setdefault(str(row.get("name")), []).append(real(row.get("seconds")) or 0.0)
+    if picture is None and not kinds:
+        return None
+    sites, rounds = len(part(result, "sites")), int(real(result.get("rounds")) or 0)
+    took = f"The study took {counted(rounds, 'round')} and {duration(result.get('seconds'))}."
+    words = [text(took)] if rounds else []
+    if sites and rounds and sent is not None and received is not None:
+        there, back = size(sent / sites / rounds), size(received / sites / rounds)
+        words.append(text(f"In a round, on average, {there} went to each site and {back} came back."))
+    rows = [[code(name), whole(len(s)), duration(sum(s)), duration(max(s))] for name, s in kinds.items()]
+    header = ["Round", "Times", "Time in all", "Longest"]
+    timed = table("Rounds, by what they asked", header, rows) if rows else None
+    return Section("traffic", "Traffic and time", [beside(picture, *words), timed])
+
+
+def verification(result: Input, _: Input) -> Section | None:
+    """How anybody who has the ledgers can check this page."""
+    plan = result.get("plan_hash")
+    command = element("pre", element("code", "atoll ledger verify ledger/*.jsonl"), tabindex="0", aria_label="command")
+    steps: list[Child] = [
+        join("Put the ledgers of the coordinator and of all sites into one folder, ", code("ledger"), "."),
+        join("Run this command; it needs no network:", command),
+        "It checks every signature and every link of each ledger, and that what a site released is what the "
+        "coordinator received. It names the entry that was changed or cut off.",
+    ]
+    if plan:
+        steps.append(join("Compare the plan’s hash with the one that your institution approved: ", code(plan)))
+    return Section("verify", "How to verify", [element("ol", [element("li", step) for step in steps])])

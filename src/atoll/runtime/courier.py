@@ -1,0 +1,137 @@
+"""Carries one run's requests to sites, and their verified answers back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from atoll.contract.errors import AtollError, ProtocolError
+from atoll.contract.plan import Plan
+from atoll.contract.program import REGISTRY
+from atoll.contract.protection import Exchange
+from atoll.contract.rounds import Arrival, Field, Round, TaskId
+from atoll.contract.wire import Head, Json, Message
+from atoll.runtime.receipts import verify_release
+from atoll.runtime.site import roster_hash
+from atoll.transport.base import Progress, Transport
+from atoll.transport.spool import Incoming
+
+
+class Courier:
+    """Makes tasks, checks what comes back, and keeps the receipts that sites are still owed."""
+
+    def __init__(self, transport: Transport, run: str, plan: Plan, roster: Mapping[str, str]) -> None:
+        """roster: the cohort's public keys (hex) by site."""
+        self._transport, self._run, self._plan = transport, run, plan
+        self._roster, self._plan_hash, self._roster_hash = dict(roster), plan.hash, roster_hash(roster)
+        self._owed: dict[str, list[Json]] = {}
+
+    def owe(self, receipts: Mapping[str, list[Json]]) -> None:
+        """Sites are to be sent these receipts with what they are sent next."""
+        for site, more in receipts.items():
+            self._owed.setdefault(site, []).extend(more)
+
+    async def announce(self, site: str, progress: Progress) -> Incoming:
+        """Open the run at a site, which may ask its operator first."""
+        meta: dict[str, Json] = {"id": f"{self._run}/open/{site}", "run": self._run}
+        meta |= {"plan": self._plan.to_json(), "roster": self._roster}
+        patience = self._plan.run.deadline_s
+        return await self._transport.request(site, Message("open", meta), patience, expect("opened"), progress)
+
+    async def ask(self, asked: Round, number: int, exchange: Exchange, site: str) -> Incoming:
+        """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
+        task = TaskId(self._run, number, 0, exchange.step, site)
+        owed = list(self._owed.get(site, []))
+        meta: dict[str, Json] = {
+            "id": str(task),
+            **task.to_json(),
+            "name": asked.name,
+            "program": asked.program,
+            "version": REGISTRY[asked.program].version,
+            "params": asked.params,
+            "fields": {name: declared.to_json() for name, declared in exchange.fields.items()},
+            "reduce": asked.reduce.tag,
+            "view": asked.view,
+            "receipts": owed,
+        }
+        message = Message("task", meta, {**asked.send, **asked.send_to.get(site, {}), **exchange.send})
+        check = expect("release", exchange.fields)
+        incoming = await self._transport.request(site, message, self._plan.run.deadline_s, check)
+        verify_release(incoming, message, bytes.fromhex(self._roster[site]), self._plan_hash, self._roster_hash)
+        self._owed[site] = self._owed.get(site, [])[len(owed) :]
+        return incoming
+
+    async def close(self, site: str, status: str, error: dict[str, Json] | None) -> None:
+        """Tell a site how the run ended, with the receipts it is still owed."""
+        meta: dict[str, Json] = {"id": f"{self._run}/close/{site}", "run": self._run, "status": status}
+        meta |= {"error": error, "receipts": self._owed.get(site, [])}
+        patience = min(self._plan.run.deadline_s, 10.0)
+        await self._transport.request(site, Message("close", meta), patience, expect("closed"))
+
+
+class Flights:
+    """The Stream requests of a run that are in flight; those lost with a process are asked again."""
+
+    def __init__(self, courier: Courier) -> None:
+        self._courier = courier
+        self._open: dict[tuple[str, int], Round] = {}
+        self._flying: dict[asyncio.Task[Incoming], tuple[str, int]] = {}
+
+    def replay(self, asked: Round, number: int, sites: Iterable[str], arrival: Arrival) -> None:
+        """Take note of what was dispatched, and of what arrived, before a restart."""
+        self._open |= {(site, number): asked for site in sites}
+        self._open.pop((arrival.site, arrival.asked_round), None)
+
+    def dispatch(self, asked: Round, number: int, sites: Iterable[str]) -> None:
+        """Ask *sites*, and whomever a restart left unasked."""
+        self._open |= {(site, number): asked for site in sites}
+        for (site, when), what in self._open.items():
+            if (site, when) not in self._flying.values():
+                request = self._courier.ask(what, when, Exchange("reply", (site,), what.reply), site)
+                self._flying[asyncio.ensure_future(request)] = (site, when)
+
+    async def next(self) -> tuple[str, int, Incoming | AtollError]:
+        """(site, round that asked, release or failure) of the next to arrive; raises ProtocolError if none flies."""
+        if not self._flying:
+            raise ProtocolError("stream.idle", "a Stream round waits, but no site is computing")
+        done, _ = await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED)
+        task = done.pop()
+        site, number = self._flying.pop(task)
+        del self._open[site, number]
+        try:
+            return site, number, task.result()
+        except AtollError as error:
+            return site, number, error
+
+    def cancel(self) -> None:
+        """Wait for nobody any more."""
+        for task in self._flying:
+            task.cancel()
+
+
+def expect(kind: str, fields: Mapping[str, Field] | None = None) -> Callable[[Head], None]:
+    """A check of a reply's header: kind, names, dtypes and sizes, before memory is allocated."""
+    declared = fields or {}
+
+    def check(head: Head) -> None:
+        if head.kind == "failure" and not head.specs:
+            raise AtollError.from_public(head.meta)
+        if head.kind != kind or {spec.name for spec in head.specs} != set(declared):
+            raise ProtocolError("reply.fields", f"a {head.kind} with other fields instead of a {kind}")
+        for spec in head.specs:
+            declared[spec.name].check(spec.name, spec)
+
+    return check
+
+
+async def all_of(requests: Iterable[Any]) -> list[Any]:
+    """Await all, in order; when one raises, the others are cancelled."""
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    try:
+        return list(await asyncio.gather(*tasks))
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
