@@ -101,7 +101,8 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
 
 
 def _code(value: object) -> Html | None:
-    return None if value in (None, "") else code(value)
+    missing = value in (None, "") or (isinstance(value, float) and real(value) is None)
+    return None if missing else code(value)
 
 
 def _rows(result: Input) -> float | None:

@@ -38,7 +38,7 @@ def _numbers(axes: Axes, which: str, most: int = 5, *, whole_only: bool = False)
 
 def convergence(history: Sequence[Mapping[str, Any]]) -> Html | None:
     """Training loss by step. history: [{"step": from 0, "loss": mean loss a row}, …]; needs two finite points."""
-    known = [(int(row["step"]) + 1, y) for row in history if (y := real(row.get("loss"))) is not None]
+    known = [(row.get("step", i) + 1, y) for i, row in enumerate(history) if (y := real(row.get("loss"))) is not None]
     if len(known) < 2:
         return None
     steps, losses = (np.array(column, float) for column in zip(*known, strict=True))
@@ -71,14 +71,11 @@ def comparison(
     per_site: site → {"local": value, "federated": value}. everyone: {"federated", "pooled"}.
     chance: what guessing scores, as a dashed line. A value that is missing has no bar.
     """
-    sites = dict(list(per_site.items())[:MOST_SITES])
-    groups: list[tuple[str, dict[str, float | None]]] = [
-        (str(site), {kind: real(values.get(kind)) for kind in ("local", "federated")}) for site, values in sites.items()
-    ]
-    if any(real(everyone.get(kind)) is not None for kind in ("federated", "pooled")):
-        groups.append(("all sites", {kind: real(everyone.get(kind)) for kind in ("federated", "pooled")}))
-    groups = [(site, {k: v for k, v in bars.items() if v is not None}) for site, bars in groups]
-    values = [value for _, bars in groups for value in bars.values() if value is not None]
+    shown = list(per_site.items())[:MOST_SITES]
+    groups = [(str(site), _known(values, ("local", "federated"))) for site, values in shown]
+    if together := _known(everyone, ("federated", "pooled")):
+        groups.append(("all sites", together))
+    values = [value for _, bars in groups for value in bars.values()]
     if len(values) < 2:
         return None
     # A bar has to begin at zero; room beyond the longest is for its number.
@@ -96,9 +93,9 @@ def comparison(
         axes.spines["left"].set(visible=True, color=MUTED)
         for place, (_, bars) in zip(places, groups, strict=True):
             for i, (kind, value) in enumerate(bars.items()):
-                axes.barh(place + i, value or 0.0, thick, color=COLOURS[kind], linewidth=0)
+                axes.barh(place + i, value, thick, color=COLOURS[kind], linewidth=0)
                 axes.text(
-                    max(value or 0.0, 0.0) + 0.02 * reach, place + i, fixed(value), va="center_baseline", color=INK,
+                    max(value, 0.0) + 0.02 * reach, place + i, fixed(value), va="center_baseline", color=INK,
                     fontsize=svg.TEXT_SIZE - 0.5,
                 )  # fmt: skip
         if chance is not None:
@@ -114,6 +111,10 @@ def comparison(
         for site, bars in groups
     )
     return render(THIRD, 16 + 15 * bottom, f"Bars: {name} on held-out rows. {told}", paint)
+
+
+def _known(values: Mapping[str, Any], kinds: Sequence[str]) -> dict[str, float]:
+    return {kind: value for kind in kinds if (value := real(values.get(kind))) is not None}
 
 
 def traffic(to_sites_bytes: object, from_sites_bytes: object) -> Html | None:

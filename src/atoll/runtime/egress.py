@@ -120,7 +120,7 @@ def _clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[s
     for name, array in arrays.items():
         bound = fields[name].bound
         if bound is not None and array.dtype.kind in "fi" and array.size:
-            beyond = int((np.abs(array) > bound).sum())
+            beyond = int(((array > bound) | (array < -bound)).sum())  # abs(-2**63) is negative
             if beyond:
                 array = np.clip(array, -bound, bound).astype(array.dtype)
             clipped += beyond

@@ -38,12 +38,13 @@ class Journal:
     """Safe for threads of one process; other processes may read, and write settings."""
 
     def __init__(self, path: Path | str, party: str, public: bytes, sign: Signer, *, durable: bool = True) -> None:
-        """durable=False skips fsync (for sandboxes whose journal dies with the process)."""
+        """durable=False is for sandboxes whose journal dies with the process: no fsync, no other readers."""
         self._lock = threading.RLock()
         self._path = Path(path)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+        settings = ("journal_mode=WAL", "synchronous=FULL")
+        for pragma in settings if durable else ("locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF"):
+            self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(_TABLES)
         last = self._db.execute("SELECT line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
         entry: dict[str, Json] = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,9 @@ OPTIONS = [
 Unary = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
 """Answers a unary call: (site, or "" before it has a certificate; request) → response; raises AtollError."""
 
+Renew = Callable[[grpc.aio.Channel], Awaitable[bool]]
+"""Renews a site's certificate over a channel if it is time; True if it was."""
+
 
 async def _until_either(*work: Awaitable[None]) -> None:
     """Run all until the first ends, cancel the others, and raise what the first raised."""
@@ -71,13 +75,31 @@ class _Pending:
         self.future: asyncio.Future[Incoming] = asyncio.get_running_loop().create_future()
 
 
+class _Connection:
+    """One stream of a site, while it lasts."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+        self._leave: asyncio.Future[AtollError | None] = asyncio.get_running_loop().create_future()
+
+    def leave(self, why: AtollError | None = None) -> None:
+        """End it; the site is told why, and ends too if there is a reason."""
+        if not self._leave.done():
+            self._leave.set_result(why)
+
+    async def left(self) -> None:
+        """Return, or raise the reason, once it was told to end."""
+        if why := await asyncio.shield(self._leave):
+            raise why
+
+
 class _SiteLink:
     """The coordinator's end of one site's link."""
 
     def __init__(self, spool_dir: Path | None, traffic: dict[str, Traffic]) -> None:
         self.pending: dict[bytes, _Pending] = {}
         self.link = Link(self, spool_dir)
-        self.connection: asyncio.Task[None] | None = None
+        self.connection: _Connection | None = None
         self._traffic = traffic
 
     def accept(self, head: Head) -> None:
@@ -178,7 +200,7 @@ class GrpcTransport:
         """Close a site's connection now (it may try to come back)."""
         link = self._links.get(site)
         if link is not None and link.connection is not None:
-            link.connection.cancel()
+            link.connection.leave()
 
     def sites(self) -> Mapping[str, int]:
         """Connected sites, with the number of their connection."""
@@ -209,29 +231,41 @@ class GrpcTransport:
             log.warning("a connection was refused: %s", error)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, to_json(error.public()).decode())
             return
-        end = self._end(site)
-        previous, end.connection = end.connection, asyncio.current_task()
-        if previous is not None:  # the newest connection wins: the older one is a ghost
-            previous.cancel()
-            await asyncio.wait([previous])
+        end, connection = self._end(site), _Connection()
+        previous, end.connection = end.connection, connection
         try:
-            await context.write(end.link.hello([]))
-            end.link.attach(await anext(requests))
-            self._on_connect(site)
-
-            async def read() -> None:
-                async for frame in requests:
-                    end.link.feed(frame)
-
-            await _until_either(read(), _pump(end.link, context.write))
+            if previous is not None:  # the newest connection wins: the older one is a ghost
+                why = IntegrityError(
+                    "site.elsewhere", "another process connected as this site", field=site,
+                    remedy="run each site once; if the other is not yours, have this site revoked and enrol anew",
+                )  # fmt: skip
+                previous.leave(why)
+                await previous.gone.wait()
+            await _until_either(self._talk(site, end.link, requests, context), connection.left())
         except ProtocolError as error:
             log.warning("site %s: %s", site, error)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, to_json(error.public()).decode())
+        except IntegrityError as error:
+            log.warning("site %s: %s", site, error)
+            connection.gone.set()
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, to_json(error.public()).decode())
         except (StopAsyncIteration, grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
             pass
         finally:
-            if end.connection is asyncio.current_task():
+            connection.gone.set()
+            if end.connection is connection:
                 end.connection = None
+
+    async def _talk(self, site: str, link: Link, requests: AsyncIterator[bytes], context: Any) -> None:
+        await context.write(link.hello([]))
+        link.attach(await anext(requests))
+        self._on_connect(site)
+
+        async def read() -> None:
+            async for frame in requests:
+                link.feed(frame)
+
+        await _until_either(read(), _pump(link, context.write))
 
     def _unary(self, answer: Unary, *, known: bool) -> Callable[[bytes, Any], Awaitable[bytes]]:
         async def call(request: bytes, context: Any) -> bytes:
@@ -272,27 +306,27 @@ class GrpcSite:
         max_message_bytes: int,
         on_state: Callable[[str], None] = lambda _: None,
         retry_s: float = 5.0,
+        check_s: float = 10.0,
     ) -> None:
-        """pair: the current TLS (key, certificate), asked for at every connection."""
+        """pair: the current TLS (key, certificate), asked for at every connection. retry_s: longest
+        pause between two attempts to connect. check_s: how often the certificate's age is looked at."""
         self._address, self._ca, self._pair, self._endpoint = address, ca_pem, pair, endpoint
-        self._limit, self._on_state, self._retry_s = max_message_bytes, on_state, retry_s
+        self._limit, self._on_state, self._retry_s, self._check_s = max_message_bytes, on_state, retry_s, check_s
         self._pool = ThreadPoolExecutor(32, thread_name_prefix="request")
         self._busy: set[bytes] = set()
         self._answered: dict[bytes, str] = {}
         self._link: Link | None = None
 
-    async def run(self, renew: Callable[[grpc.aio.Channel], Awaitable[bool]] | None = None) -> None:
-        """Stay connected until cancelled. *renew* may renew the certificate over the channel and
-        return True to reconnect. Raises IntegrityError when the coordinator refuses this site."""
+    async def run(self, renew: Renew | None = None) -> None:
+        """Stay connected until cancelled. *renew* may, now and then, renew the certificate over the
+        channel and return True to reconnect. Raises IntegrityError when the coordinator refuses this site."""
         self._loop = asyncio.get_running_loop()
         self._link = Link(self)
         wait_s = 0.05
         while True:
             async with _channel(self._address, self._ca, self._pair()) as channel:
                 try:
-                    if renew is not None and await renew(channel):
-                        continue
-                    await self._stay(channel, self._link)
+                    await self._stay(channel, self._link, renew)
                     wait_s = 0.05
                 except grpc.aio.AioRpcError as error:
                     _raise_refusal(error)
@@ -303,7 +337,17 @@ class GrpcSite:
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, self._retry_s)
 
-    async def _stay(self, channel: grpc.aio.Channel, link: Link) -> None:
+    async def _renewed(self, channel: grpc.aio.Channel, renew: Renew) -> None:
+        """Return once the certificate was renewed: the next connection uses the new one."""
+        while True:
+            try:
+                if await renew(channel):
+                    return
+            except TransportError as error:
+                log.warning("the certificate was not renewed: %s", error)
+            await asyncio.sleep(self._check_s)
+
+    async def _stay(self, channel: grpc.aio.Channel, link: Link, renew: Renew | None) -> None:
         call = channel.stream_stream(f"/{SERVICE}/Connect")()
         try:
             await call.write(link.hello([*self._busy, *self._answered]))
@@ -317,7 +361,8 @@ class GrpcSite:
                 while (frame := await call.read()) is not grpc.aio.EOF:
                     link.feed(frame)
 
-            await _until_either(read(), _pump(link, call.write))
+            work = [read(), _pump(link, call.write), *([self._renewed(channel, renew)] if renew else [])]
+            await _until_either(*work)
         except asyncio.InvalidStateError:  # writing to a call that just ended: its status says why
             pass
         finally:
@@ -391,10 +436,20 @@ def _raise_refusal(error: grpc.aio.AioRpcError) -> None:
     if error.code() == grpc.StatusCode.PERMISSION_DENIED:
         record = parse_json((error.details() or "").encode())
         raise AtollError.from_public(record if isinstance(record, dict) else {})
-    if "CERTIFICATE_VERIFY_FAILED" in (error.details() or ""):
+    details = error.details() or ""
+    if "certificate has expired" in details or "certificate is not yet valid" in details:
+        raise IntegrityError(
+            "tls.clock", "the coordinator's certificate is not valid at this time", remedy="check the clocks of both"
+        )
+    if "CERTIFICATE_VERIFY_FAILED" in details:
         raise IntegrityError(
             "tls.wrong-authority", "the coordinator's certificate is not of this federation's CA",
             remedy="check the address; if the coordinator was set up anew, enrol again",
+        )  # fmt: skip
+    if "Hostname Verification Check failed" in details:
+        raise IntegrityError(
+            "tls.wrong-name", "the coordinator's certificate is for another address", field="address",
+            remedy="reach it by the address it was set up with, or set 'address' in its coordinator.yaml",
         )  # fmt: skip
 
 
@@ -411,16 +466,23 @@ async def on_channel(
     channel: grpc.aio.Channel, method: str, request: Mapping[str, Json], deadline_s: float = 20.0
 ) -> dict[str, Any]:
     """As :func:`call_unary`, on an open channel."""
-    try:
-        reply = await channel.unary_unary(f"/{SERVICE}/{method}")(
-            to_json(dict(request)), timeout=deadline_s, wait_for_ready=True
-        )
-    except grpc.aio.AioRpcError as error:
-        _raise_refusal(error)
-        raise TransportError(
-            "transport.unreachable", f"the coordinator cannot be reached ({error.code().name.lower()})",
-            remedy="check address, firewall and clock, and that `atoll coordinator up` is running",
-        ) from None  # fmt: skip
+    call, ends = channel.unary_unary(f"/{SERVICE}/{method}"), time.monotonic() + deadline_s
+    why = ""
+    while True:
+        left = max(ends - time.monotonic(), 0)
+        try:  # at first without waiting, which tells why there is no connection
+            reply = await call(to_json(dict(request)), timeout=left, wait_for_ready=bool(why))
+            break
+        except grpc.aio.AioRpcError as error:
+            _raise_refusal(error)
+            details = error.details() or error.code().name.lower()
+            if not why and details.startswith(("failed to connect", "DNS resolution failed")):  # nothing was sent
+                why = details
+                continue
+            raise TransportError(
+                "transport.unreachable", f"the coordinator cannot be reached ({why or details})",
+                remedy="check address, firewall and clock, and that `atoll coordinator up` is running",
+            ) from None  # fmt: skip
     content = parse_json(reply)
     if not isinstance(content, dict):
         raise ProtocolError("enrol.malformed", "the coordinator's answer is not a JSON object")

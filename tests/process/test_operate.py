@@ -1,0 +1,336 @@
+"""What operators do, and what goes wrong at a site: both ends know, nothing hangs, no value leaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from atoll.contract.errors import AtollError
+from atoll.contract.wire import Message
+from atoll.runtime.courier import expect
+from atoll.runtime.home import CoordinatorHome
+from atoll.transport.grpc import GrpcTransport
+
+SITES = ("alpha", "beta", "gamma")
+SHORT = {"rounds": 80}
+ENDLESS = {"rounds": 3, "local_epochs": 10_000_000, "batch_size": 2}
+
+
+def releases(ledgers: dict[str, list[dict[str, Any]]], site: str, run: str) -> list[str]:
+    """Hashes of a site's release entries of one run."""
+    return [e["hash"] for e in ledgers[site] if e["kind"] == "release" and e["body"]["run"] == run]
+
+
+def received(ledgers: dict[str, list[dict[str, Any]]], site: str, run: str) -> list[str]:
+    """Hashes of the releases that the coordinator acknowledged to a site."""
+    entries = [e for e in ledgers["coordinator"] if e["kind"] == "received" and e["body"]["run"] == run]
+    return [leaf["hash"] for entry in entries for leaf in entry["leaves"] if leaf["site"] == site]
+
+
+def busy_seconds(party: Any) -> float:
+    """Processor time a party's process has used."""
+    used = psutil.Process(party.pid).cpu_times()
+    return float(used.user)
+
+
+# ---------------------------------------------------------------- cancel, revoke, several runs
+
+
+def play_coordinator(federation: Any, site: str, request: Message) -> str:
+    """Be the coordinator for one request; returns the code of the failure that the site answers with."""
+    home = CoordinatorHome(federation.coordinator.home)
+
+    async def ask() -> str:
+        store = home.store()
+
+        def refuse(*_: Any) -> Any:
+            raise AssertionError("no site enrols or renews here")
+
+        transport = GrpcTransport(lambda pem: home.authorise(store, pem), enrol=refuse, renew=refuse)
+        port, enrol_port = federation.ports
+        await transport.start("127.0.0.1", port, enrol_port, home.ca.pem, home.server_pair)
+        try:
+            await transport.request(site, request, 60, expect("release"))
+        except AtollError as error:
+            return error.code
+        finally:
+            await transport.stop()
+            store.close()
+        return ""
+
+    return asyncio.run(ask())
+
+
+def test_cancel_stops_both_sides(federation: Any, wait_until: Any) -> None:
+    run = federation.submit("endless", params=ENDLESS)
+    before = {name: busy_seconds(federation.sites[name]) for name in SITES}
+    for name in SITES:  # they are computing when they have been busy for so long
+        wait_until(lambda name=name: busy_seconds(federation.sites[name]) > before[name] + 2, "a busy handler")
+    assert federation.status(run)["rounds"] == 0
+    federation.as_coordinator("cancel", run[:10])
+    federation.await_status(run, "cancelled")
+    assert "cancelled by the coordinator's operator" in federation.status(run)["note"]
+    for name in SITES:
+        assert federation.site_status(name, run)["status"] == "cancelled"
+        wait_until(lambda name=name: "the run is cancelled at this site" in federation.sites[name].text(), "the stop")
+    ledgers = federation.ledgers()
+    assert not any(releases(ledgers, name, run) for name in SITES)
+
+    federation.coordinator.kill()
+    task = {"id": f"{run}/0/0/again/alpha", "run": run, "round": 0, "attempt": 0, "step": "again", "site": "alpha"}
+    asked = {"name": "train", "program": "horizontal.fedavg", "version": "1", "params": {}, "fields": {},
+             "reduce": "sum", "view": {}, "receipts": []}  # fmt: skip
+    assert play_coordinator(federation, "alpha", Message("task", {**task, **asked})) == "run.not-open"
+    assert federation.site_status("alpha", run)["status"] == "cancelled"
+    federation.start_coordinator()
+    federation.await_connected(*SITES)
+
+
+def test_cancel_while_a_site_is_silent(federation: Any, wait_until: Any) -> None:
+    run = federation.submit("silent", params={"rounds": 10_000}, run={"deadline_s": 3}, cohort={"min_sites": 3})
+    federation.await_rounds(run, 3)
+    federation.sites["gamma"].signal(signal.SIGSTOP)
+    try:
+        federation.as_coordinator("cancel", run)
+        federation.await_status(run, "cancelled")
+        assert federation.site_row("alpha", run)[0] == federation.site_row("beta", run)[0] == "cancelled"
+    finally:
+        federation.sites["gamma"].signal(signal.SIGCONT)
+    wait_until(lambda: federation.site_row("gamma", run)[0] == "cancelled", "gamma hears of it", 20)
+
+
+def test_revoked_site_is_cut_off(federation: Any, wait_until: Any) -> None:
+    party = federation.join("revoked")
+    federation.await_connected("revoked")
+    cohort = {"sites": [*SITES, "revoked"], "min_sites": 3, "on_dropout": "continue"}
+    run = federation.submit("revoking", cohort=cohort, params={"rounds": 150}, run={"deadline_s": 3})
+    federation.await_rounds(run, 20)
+    federation.as_coordinator("revoke", "revoked")
+    assert party.wait() == 1
+    assert "certificate.revoked" in party.text() and "ask the coordinator's operator" in party.text()
+    assert "Traceback" not in party.text()
+    federation.await_rounds(run, federation.rounds(run) + 5)
+    after = federation.ledgers()
+    row = federation.await_status(run, "finished")
+    assert "revoked dropped out" in row["note"]
+    last = federation.ledgers()
+    assert received(last, "revoked", run) == received(after, "revoked", run) != []
+    assert len(received(last, "alpha", run)) == 150 + 2 > len(received(last, "revoked", run))
+    shown = json.loads(federation.as_coordinator("status", "--json").stdout)["sites"]
+    assert shown["revoked"]["revoked"] is True and not any(shown[name]["revoked"] for name in SITES)
+
+    party.start()
+    assert party.wait() == 1 and "certificate.revoked" in party.text()
+    federation.as_coordinator("revoke", "nobody", code=1)
+
+
+def test_two_runs_at_once(federation: Any) -> None:
+    first, second = federation.submit("first", params=SHORT), federation.submit("second", params=SHORT)
+    federation.await_status(first, "finished")
+    federation.await_status(second, "finished")
+    (_, one), (_, other) = federation.result(first), federation.result(second)
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
+    entries = [e["body"]["run"] for e in federation.ledgers()["coordinator"] if e["kind"] == "received"]
+    turns = [run for run in entries if run in (first, second)]
+    changes = sum(turns[i] != turns[i - 1] for i in range(1, len(turns)))
+    assert changes > 3, "they ran one after the other"
+    federation.check_once(first, 82)
+    federation.check_once(second, 82)
+
+
+# ---------------------------------------------------------------- approval and policy
+
+
+def test_manual_approval(federation: Any, wait_until: Any) -> None:
+    prints = {
+        n: s["fingerprint"]
+        for n, s in json.loads(federation.as_coordinator("status", "--json").stdout)["sites"].items()
+    }
+    with federation.policy("alpha", approval="manual", roster="manual"):
+        run = federation.submit("asked", params=SHORT)
+        wait_until(lambda: "awaiting approval: alpha" in federation.row(run)["note"], "the run waits")
+        shown = federation.status(run)
+        assert (shown["status"], shown["rounds"]) == ("running", 0) and shown["note"] == "awaiting approval: alpha"
+        assert federation.site_status("alpha", run)["status"] == "pending"
+        (waiting,) = json.loads(federation.as_site("alpha", "pending", "--json").stdout)
+        assert waiting["run"] == run and waiting["plan"]["name"] == "asked" and waiting["hash"] == shown["plan_hash"]
+        assert set(waiting["roster"]) == set(SITES)
+        told = federation.as_site("alpha", "pending").stdout
+        assert all(
+            part in told for part in ("asked", run, "horizontal.fedavg", "research", "plain", "alpha, beta, gamma")
+        )
+        assert federation.as_site("beta", "pending").stdout.strip() == "nothing waits for approval"
+
+        federation.as_site("alpha", "approve", run[:12])
+        identities = {row["site"]: row for row in json.loads(federation.as_site("alpha", "roster", "--json").stdout)}
+        assert {name: identities[name]["fingerprint"] for name in SITES} == {name: prints[name] for name in SITES}
+        assert {identities[name]["state"] for name in SITES} == {"new"}
+        wrong = federation.as_site("alpha", "roster", "--approve", f"beta={prints['gamma']}", code=1)
+        assert "roster.mismatch" in wrong.stderr and "do not approve" in wrong.stderr
+        federation.as_site("alpha", "roster", "--approve", f"nobody={prints['gamma']}", code=1)
+        assert federation.row(run)["status"] == "running" and federation.rounds(run) == 0, "the roster comes first"
+        assert federation.site_row("alpha", run)[0] == "pending"
+
+        known = [item for name in SITES for item in ("--approve", f"{name}={prints[name]}")]
+        federation.as_site("alpha", "roster", *known)
+        federation.await_status(run, "finished")
+        kinds = [
+            e["kind"] for e in federation.ledgers()["alpha"] if e["body"].get("run") == run or e["kind"] == "roster"
+        ]
+        assert kinds[:3] == ["approved", "roster", "joined"] and kinds[3] == "release"
+
+        denied = federation.submit("denied", params=SHORT)
+        wait_until(lambda: "awaiting approval: alpha" in federation.row(denied)["note"], "the run waits")
+        federation.as_site("alpha", "deny", denied)
+        note = federation.await_status(denied, "failed")["note"]
+        assert "site alpha" in note and "policy.denied" in note and "site's operator" in note, note
+        assert f"[trace {denied}]" in note, note
+        assert federation.site_status("alpha", denied)["status"] == "denied"
+        for name in ("beta", "gamma"):
+            heard = federation.site_status(name, denied)
+            assert heard["status"] == "failed" and "alpha" in heard["note"] and "policy.denied" in heard["note"], heard
+
+        dropped = federation.submit("dropped", params=SHORT)
+        wait_until(lambda: "awaiting approval: alpha" in federation.row(dropped)["note"], "the run waits")
+        federation.as_coordinator("cancel", dropped)
+        federation.await_status(dropped, "cancelled")
+        wait_until(lambda: federation.site_row("alpha", dropped)[0] == "cancelled", "alpha hears of it")
+        federation.as_site("alpha", "approve", dropped, code=1)
+        assert "did not approve" not in federation.site_status("alpha", dropped)["note"]
+        entries = federation.ledgers()["alpha"]
+        assert not [e for e in entries if e["kind"] == "release" and e["body"]["run"] in (denied, dropped)]
+
+
+def test_withdrawing_from_a_running_study(federation: Any, wait_until: Any) -> None:
+    run = federation.submit("withdrawn", params={"rounds": 10_000})
+    federation.await_rounds(run, 5)
+    federation.as_site("beta", "deny", run)
+    note = federation.await_status(run, "failed")["note"]
+    assert "site beta" in note and "round " in note and f"[trace {run}]" in note, note
+    assert federation.site_status("beta", run)["status"] == "denied"
+    assert federation.site_status("alpha", run)["status"] == "failed"
+
+
+def test_policy_refusals_are_all_listed(federation: Any) -> None:
+    strict = {"programs": ["statistics.*"], "purposes": ["teaching"], "protections": ["secagg"], "min_sites": 5}
+    with federation.policy("beta", **strict):
+        run = federation.submit("refused", params=SHORT)
+        note = federation.await_status(run, "failed")["note"]
+        assert "site beta" in note and f"[trace {run}]" in note, note
+        for code in ("policy.program", "policy.purpose", "policy.protection", "policy.min-sites"):
+            assert code in note, f"{code} is not in: {note}"
+        assert all(f"'{key}'" in note for key in ("programs", "purposes", "protections", "min_sites")), note
+        own = federation.site_status("beta", run)
+        assert "horizontal.fedavg@1" in own["note"] and f"[trace {run}]" in own["note"], own
+        offline = federation.as_site("beta", "check", federation.plan("refused", params=SHORT), code=1).stderr
+        assert all(word in offline for word in ("horizontal.fedavg@1", "'research'", "'plain'")), offline
+    for name in ("alpha", "gamma"):
+        assert federation.site_status(name, run)["status"] == "failed"
+    ledgers = federation.ledgers()
+    assert not any(releases(ledgers, name, run) for name in SITES)
+
+
+# ---------------------------------------------------------------- joining
+
+
+def test_tokens_are_good_for_one_site_once_and_not_for_ever(federation: Any, wait_until: Any, tmp_path: Path) -> None:
+    def init(folder: str, token: str) -> str:
+        done = federation.atoll("site", "init", "--home", tmp_path / folder, "--token", "-", stdin=token, code=1)
+        assert not (tmp_path / folder / "identity.key").exists()
+        return str(done.stderr)
+
+    token = federation.as_coordinator("invite", "guest").stdout.strip()
+    federation.atoll("site", "init", "--home", tmp_path / "guest", "--token", token)
+    assert "token.refused" in (told := init("again", token)) and "new invitation" in told, told
+
+    short = federation.as_coordinator("invite", "late", "--hours", "0").stdout
+    assert "token.expired" in (told := init("late", short)) and "new invitation" in told, told
+    replaced = federation.as_coordinator("invite", "twice").stdout
+    federation.as_coordinator("invite", "twice")
+    assert "token.refused" in init("twice", replaced)
+    assert "token.malformed" in init("cut", token[:-9])
+    assert "name.malformed" in federation.as_coordinator("invite", "Not A Name", code=1).stderr
+
+
+# ---------------------------------------------------------------- trouble with data and disk
+
+
+def test_broken_table_is_refused_and_its_value_stays(federation: Any) -> None:
+    canary, place = "918273.645546372819", federation.data("beta")
+    before = place.read_text()
+    lines = before.splitlines()
+    cells = lines[7].split(",")
+    lines[7], lines[9] = ",".join([cells[0], canary, *cells[2:]]), ",".join([f"x{canary}", *lines[9].split(",")[1:]])
+    try:
+        place.write_text("\n".join([*lines, ""]))
+        run = federation.submit("broken", params=SHORT)
+        note = federation.await_status(run, "failed")["note"]
+    finally:
+        place.write_text(before)
+    assert "site beta" in note and "dose" in note and "age" in note and f"[trace {run}]" in note, note
+    assert "schema.range" in note and "check the unit" in note, note
+    own = federation.site_status("beta", run)
+    assert "column 'dose': 1 of 2000 cells are outside [-10, 10]" in own["note"] and "failed" in own["status"], own
+    for name in ("alpha", "gamma"):
+        heard = federation.site_status(name, run)
+        assert heard["status"] == "failed" and "beta" in heard["note"] and "dose" in heard["note"], heard
+    ledgers = federation.ledgers()
+    assert not any(releases(ledgers, name, run) for name in SITES)
+    shown = federation.as_coordinator("status").stdout + federation.as_site("beta", "status").stdout
+    written = [path for path in federation.folder.rglob("*") if path.is_file()]
+    assert {"store.db", "journal.db", "coordinator.log", "beta.log"} <= {path.name for path in written}
+    for text in (shown.encode(), *(path.read_bytes() for path in written)):
+        assert b"918273" not in text and b"546372819" not in text
+
+
+def test_table_deleted_while_running(federation: Any) -> None:
+    place = federation.data("gamma")
+    kept = place.read_bytes()
+    run = federation.submit("deleted", params={"rounds": 2000})
+    federation.await_rounds(run, 20)
+    try:
+        place.unlink()
+        federation.await_rounds(run, federation.rounds(run) + 20)  # it was read when the study was opened
+        federation.sites["gamma"].kill()
+        federation.sites["gamma"].start()
+        note = federation.await_status(run, "failed")["note"]
+        assert all(part in note for part in ("site gamma", "round ", "source.missing-file", "check the site's source"))
+        own = federation.site_status("gamma", run)
+        assert own["status"] == "failed" and "source.missing-file" in own["note"], own
+        run = federation.submit("gone", params=SHORT)
+        note = federation.await_status(run, "failed")["note"]
+        assert "site gamma, step open" in note and "source.missing-file" in note, note
+        assert "there is no readable file" in federation.site_status("gamma", run)["note"]
+    finally:
+        place.write_bytes(kept)
+
+
+def test_full_disk_at_a_site(federation: Any) -> None:
+    limit = 200 << 10
+
+    def small_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    party = federation.join("full", small_disk)
+    federation.await_connected("full")
+    cohort = {"sites": ["alpha", "beta", "full"]}
+    run = federation.submit("full-disk", cohort=cohort, params={"rounds": 2000})
+    note = federation.await_status(run, "failed")["note"]
+    assert all(part in note for part in ("site full", "round ", "step horizontal.fedavg/train", "ledger.not-written"))
+    assert "free disk space at the site" in note and f"[trace {run}]" in note, note
+    assert "the journal cannot be written, so nothing leaves the site" in party.text()
+    assert party.running(), "it must stay, to be mended"
+    for name in ("alpha", "beta"):
+        heard = federation.site_status(name, run)
+        assert heard["status"] == "failed" and "full" in heard["note"] and "ledger.not-written" in heard["note"], heard
+    party.kill()
+    ledgers = federation.ledgers()
+    assert len(released := releases(ledgers, "full", run)) > 3
+    assert received(ledgers, "full", run) == released, "what left, and nothing else, is in its ledger"
+    assert len(releases(ledgers, "alpha", run)) >= len(released)

@@ -1,0 +1,248 @@
+"""What every registered program must keep, before its author writes any test of it.
+
+A new program needs an entry in EXAMPLES; everything else is found by its registration.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atoll.contract.errors import PlanError
+from atoll.contract.program import REGISTRY, Cohort, build, handler_of, summary
+from atoll.contract.rounds import Checkpoint, Metrics, Round, Sum
+from atoll.contract.wire import Message, canonical_json
+from atoll.data.table import Table
+from atoll.models.linear import LinearModel
+from atoll.transport.base import Endpoint, Progress
+
+COLUMNS: dict[str, dict[str, Any]] = {
+    "a": {"range": [-5, 5]},
+    "b": {"range": [0, 1000]},
+    "binary": {"dtype": "integer", "values": [0, 1], "role": "label"},
+    "count": {"dtype": "integer", "range": [0, 40], "role": "label"},
+    "value": {"range": [-80, 80], "role": "label"},
+}
+
+
+def _model(family: str, target: str) -> dict[str, Any]:
+    return {"kind": "linear", "family": family, "features": ["a", "b"], "target": target}
+
+
+def _learner(family: str, target: str, **more: Any) -> dict[str, Any]:
+    return {"family": family, "features": ["a", "b"], "target": target, **more}
+
+
+WEIGHTS = {"weights": np.array([0.1, 0.5, -0.3])}
+EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
+    ("statistics.describe", {}, None),
+    ("statistics.describe", {"columns": ["b"], "bins": 4, "tail_rows": 2}, None),
+    ("statistics.evaluation", {"model": _model("logistic", "binary")}, WEIGHTS),
+    ("statistics.evaluation", {"model": _model("poisson", "count"), "own": False}, WEIGHTS),
+    ("horizontal.glm", _learner("logistic", "binary"), None),
+    ("horizontal.glm", _learner("linear", "value", l2=0.5), None),
+    ("horizontal.glm", _learner("poisson", "count"), None),
+    ("horizontal.fedavg", _learner("logistic", "binary", rounds=4, batch_size=16, checkpoint_every=2), None),
+    ("horizontal.fedavg", _learner("poisson", "count", rounds=3, learning_rate=0.01), None),
+]
+INSTALLED = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("atoll."))
+every_example = pytest.mark.parametrize(
+    ("name", "params", "start"), EXAMPLES, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(EXAMPLES)]
+)
+every_program = pytest.mark.parametrize("name", INSTALLED)
+
+
+def tables_of(federation: Any, seed: int = 3) -> dict[str, Table]:
+    random = np.random.default_rng(seed)
+    tables = {}
+    for i, n in enumerate((40, 15, 70, 33)):
+        a, b = random.normal(i / 2 - 1, 1, n).clip(-5, 5), random.uniform(0, 300 + 200 * i, n)
+        eta = 0.4 * a + b / 1000
+        tables[f"s{i}"] = federation.table(
+            {
+                "a": a,
+                "b": b,
+                "binary": (random.random(n) < 1 / (1 + np.exp(-eta))).astype(float),
+                "count": np.minimum(random.poisson(np.exp(eta)), 40).astype(float),
+                "value": eta * 10 + random.normal(0, 1, n),
+            },
+            COLUMNS,
+        )
+    return tables
+
+
+def halves(tables: Mapping[str, Table]) -> tuple[dict[str, Table], dict[str, Table]]:
+    """(training, held-out) rows of every site."""
+    odd = {name: np.arange(len(table)) % 2 == 1 for name, table in tables.items()}
+    return {n: t.rows(~odd[n]) for n, t in tables.items()}, {n: t.rows(odd[n]) for n, t in tables.items()}
+
+
+def steps_of(name: str, params: Mapping[str, Any], tables: Mapping[str, Table], start: Any) -> Any:
+    schema = next(iter(tables.values())).schema
+    return build(name, params).coordinate(Cohort(tuple(tables), schema, seed=7), start)
+
+
+def fingerprint(value: Any) -> Any:
+    """Any result as something that is equal only bit by bit (NaN equals NaN)."""
+    if isinstance(value, LinearModel):
+        return [value.spec(), fingerprint(value.weights)]
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, value.tobytes()]
+    if isinstance(value, float | np.floating):
+        return float(value).hex()
+    if isinstance(value, Mapping):
+        return {key: fingerprint(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [fingerprint(inner) for inner in value]
+    return value
+
+
+def asked(item: Round) -> Any:
+    """A round as what a site would get."""
+    fields = {name: declared.to_json() for name, declared in item.reply.items()}
+    sends = fingerprint({name: np.asarray(value) for name, value in item.send.items()})
+    each = {site: fingerprint(dict(extra)) for site, extra in item.send_to.items()}
+    told = [item.name, item.reduce.tag, fields, item.sites, item.optional, item.program]
+    return [*told, canonical_json(dict(item.params)), sends, each]
+
+
+# ---------------------------------------------------------------- declared, and kept
+
+
+@every_program
+def test_has_an_example_here(name: str) -> None:
+    assert name in {example for example, _, _ in EXAMPLES}, f"add an entry for {name} to EXAMPLES"
+
+
+@every_program
+def test_its_module_says_what_a_protocol_must_say(name: str) -> None:
+    text = re.sub(r"\s+", " ", sys.modules[REGISTRY[name].__module__].__doc__ or "").lower()
+    for part in ("parties:", "messages:", "coordinator learns", "dropout:", "cost:"):
+        assert part in text, f"{name}: its module's docstring does not say '{part}'"
+    assert summary(REGISTRY[name]).endswith(".")
+
+
+@every_program
+def test_its_parameters_are_frozen_and_documented(name: str) -> None:
+    params = REGISTRY[name].Params
+    assert params.model_config["extra"] == "forbid"
+    assert params.model_config["frozen"] is True
+
+
+@every_example
+def test_unknown_parameters_are_refused(name: str, params: dict[str, Any], start: Any) -> None:
+    with pytest.raises(PlanError) as caught:
+        build(name, {**params, "no_such_parameter": 1})
+    assert (caught.value.code, caught.value.field) == ("plan.unknown-key", "no_such_parameter")
+
+
+@every_example
+def test_its_rounds_are_what_it_declares(
+    federation: Any, drive: Any, name: str, params: dict[str, Any], start: Any
+) -> None:
+    """Reductions it said it needs; bounds and steps it said it offers; handlers that are there."""
+    training, holdouts = halves(tables_of(federation))
+    driven = drive(steps_of(name, params, training, start), training, holdouts)
+    assert driven.rounds
+    assert driven.result is not None
+    for item in driven.rounds:
+        program = build(item.program, item.params)
+        handler = handler_of(program, item.name)
+        assert handler.reduce == item.reduce.tag
+        assert handler.groups <= set(item.reply)
+        assert item.optional or item.reduce.tag in program.capabilities.needs
+        if isinstance(item.reduce, Sum):
+            for field_name, declared in item.reply.items():
+                if "bounded" in program.capabilities.offers:
+                    assert declared.bound is not None, f"{name}/{item.name}: {field_name} has no bound"
+                    assert np.isfinite(declared.bound)
+                if "resolution" in program.capabilities.offers:
+                    assert declared.step is not None, f"{name}/{item.name}: {field_name} has no step"
+                    assert declared.step > 0
+
+
+# ---------------------------------------------------------------- sans-IO
+
+
+@every_example
+def test_its_coordinator_half_is_a_pure_generator(
+    federation: Any, drive: Any, name: str, params: dict[str, Any], start: Any
+) -> None:
+    """Sent the same reductions again, it asks the same rounds and comes to the same result: so resume is replay."""
+    training, holdouts = halves(tables_of(federation))
+    first = drive(steps_of(name, params, training, start), training, holdouts)
+    steps, value, rounds, told = steps_of(name, params, training, start), None, [], 0
+    reductions = iter(first.reduced)
+    while True:
+        try:
+            item = steps.send(value)
+        except StopIteration as stop:
+            result = stop.value
+            break
+        value = None
+        if isinstance(item, Round):
+            rounds.append(item)
+            value = next(reductions)
+        else:
+            assert isinstance(item, Metrics | Checkpoint)
+            told += 1
+    assert [asked(item) for item in rounds] == [asked(item) for item in first.rounds]
+    assert fingerprint(result) == fingerprint(first.result)
+    assert told == len(first.metrics) + len(first.checkpoints)
+
+
+@every_example
+def test_it_can_go_on_from_each_of_its_checkpoints(
+    federation: Any, drive: Any, name: str, params: dict[str, Any], start: Any
+) -> None:
+    training, holdouts = halves(tables_of(federation))
+    whole = drive(steps_of(name, params, training, start), training, holdouts)
+    for number, checkpoint in whole.checkpoints:
+        steps = steps_of(name, params, training, dict(checkpoint.state))
+        resumed = drive(steps, training, holdouts, first_round=number)
+        assert [asked(item) for item in resumed.rounds] == [asked(item) for item in whole.rounds[number:]]
+        assert fingerprint(resumed.result) == fingerprint(whole.result)
+
+
+def delayed(order: list[str]) -> Callable[[str, Endpoint], Endpoint]:
+    """Endpoints whose replies arrive in *order*."""
+
+    def wrap(name: str, endpoint: Endpoint) -> Endpoint:
+        def wait(message: Message, progress: Progress) -> Message:
+            reply = endpoint(message, progress)
+            time.sleep(0.004 * order.index(name))
+            return reply
+
+        return wait
+
+    return wrap
+
+
+@every_example
+def test_the_order_of_arrival_does_not_change_a_bit(
+    federation: Any, name: str, params: dict[str, Any], start: Any
+) -> None:
+    if start is not None:
+        pytest.skip("runs only inside a study: covered by the learners, whose models it scores")
+    tables = tables_of(federation)
+    plan = federation.plan(name, params, tables, run={"holdout": 0.4, "seed": 5})
+    outcomes = [federation.run(plan, tables, wrap=delayed(order)) for order in (list(tables), [*tables][::-1])]
+    assert fingerprint(outcomes[0]) == fingerprint(outcomes[1])
+
+
+@every_example
+def test_nothing_is_clipped_on_data_that_keeps_the_schema(
+    federation: Any, name: str, params: dict[str, Any], start: Any
+) -> None:
+    if start is not None:
+        pytest.skip("runs only inside a study: covered by the learners, whose models it scores")
+    tables = tables_of(federation)
+    federation.run(federation.plan(name, params, tables, run={"holdout": 0.4, "seed": 5}), tables)
+    assert federation.releases()
+    assert all(body["clipped"] == 0 for body in federation.releases())

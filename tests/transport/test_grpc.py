@@ -1,0 +1,289 @@
+"""The gRPC transport's own behaviour: who may connect twice, what strangers can do, what a site refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import pytest
+
+from atoll.contract.errors import IntegrityError, ProtocolError, TransportError
+from atoll.contract.wire import Head, Message, encode_bytes
+from atoll.transport.grpc import SERVICE, GrpcTransport, call_unary
+from atoll.transport.link import ID_BYTES, Link, frame_id
+
+HELLO = b"H" + bytes(ID_BYTES) + b'{"me":"by hand","have":{},"of":"","holds":[]}'
+
+
+class ByHand:
+    """A site whose frames a test writes by hand, over a real mutual-TLS stream."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+
+    async def frame(self, kind: bytes) -> bytes:
+        """The next frame of a kind."""
+        while True:
+            frame = await asyncio.wait_for(self.call.read(), 20)
+            if frame is grpc.aio.EOF or frame[:1] == kind:
+                return frame  # type: ignore[no-any-return]
+
+    async def status(self) -> Any:
+        return await asyncio.wait_for(self.call.code(), 20)
+
+    async def reply(self, name: str, message: Message) -> None:
+        await self.call.write(b"M" + frame_id(name) + encode_bytes(message))
+
+
+@asynccontextmanager
+async def by_hand(net: Any, site: str) -> AsyncIterator[ByHand]:
+    credentials = grpc.ssl_channel_credentials(net.ca.pem, *net.pair(site))
+    async with grpc.aio.secure_channel(net.address, credentials) as channel:
+        yield ByHand(channel.stream_stream(f"/{SERVICE}/Connect")())
+
+
+# ---------------------------------------------------------------- one site, one connection
+
+
+async def test_the_newest_connection_of_a_site_wins(net: Any) -> None:
+    """The older process is told and ends; what was asked of it is asked of the newer one."""
+    go_on, begun = threading.Event(), threading.Event()
+
+    def slow(message: Message, progress: Any) -> Message:
+        begun.set()
+        go_on.wait(20)
+        return Message("echo", {"re": message.meta["id"], "by": "older"})
+
+    def quick(message: Message, progress: Any) -> Message:
+        return Message("echo", {"re": message.meta["id"], "by": "newer"})
+
+    await net.start()
+    older = net.join("a", slow)
+    await net.up("a")
+    open_request = asyncio.create_task(net.ask("a", "1"))
+    await net.until(begun.is_set)
+    before = net.transport.sites()["a"]
+    newer = net.join("a", quick)
+    assert (await open_request).meta["by"] == "newer"
+    with pytest.raises(IntegrityError) as error:
+        await older
+    assert error.value.code == "site.elsewhere" and error.value.remedy
+    assert net.transport.sites()["a"] > before and not newer.done()
+    go_on.set()
+    net.sites = [pair for pair in net.sites if pair[1] is not older]
+    assert (await net.ask("a", "2")).meta["by"] == "newer"
+
+
+async def test_a_site_that_is_disconnected_comes_back_by_itself(net: Any) -> None:
+    await net.start()
+    net.join("a")
+    net.join("b")
+    await net.up("a", "b")
+    for times in range(2, 5):
+        net.transport.disconnect("a")
+        await net.until(lambda times=times: net.connected.count("a") == times, "a comes back")
+        assert (await net.ask("a", str(times))).meta["re"] == str(times)
+    assert net.connected.count("b") == 1
+    net.transport.disconnect("nobody")
+
+
+async def test_a_request_waits_for_a_site_that_is_away(net: Any) -> None:
+    await net.start()
+    asking = asyncio.create_task(net.ask("a", "early", {"x": np.arange(300_000)}))
+    await asyncio.sleep(0)
+    net.join("a")
+    assert (await asking).arrays["x"].sum() == np.arange(300_000).sum()
+
+
+async def test_a_stopped_coordinator_leaves_no_stream_open(net: Any) -> None:
+    await net.start()
+    site = net.join("a")
+    await net.up("a")
+    await net.transport.stop()
+    await net.until(lambda: net.states["a"][-1] == "disconnected")
+    assert not site.done()
+    net.transport = None
+
+
+# ---------------------------------------------------------------- replies that nobody asked for
+
+
+async def test_replies_that_nobody_asked_for_are_ignored(net: Any) -> None:
+    await net.start()
+    async with by_hand(net, "a") as hand:
+        await hand.call.write(HELLO)
+        asking = asyncio.create_task(net.ask("a", "1"))
+        await hand.frame(b"M")
+        await hand.reply("other", Message("echo", {"re": "other"}, {"x": np.zeros(9)}))
+        await hand.reply("none", Message("echo", {}))
+        await hand.reply("1", Message("echo", {"re": "2"}))  # one name on the frame, another inside
+        await hand.call.write(b"P" + frame_id("other") + b'{"done":1}')
+        await hand.reply("1", Message("echo", {"re": "1", "answer": "right"}))
+        await hand.reply("1", Message("echo", {"re": "1", "answer": "late"}))
+        assert (await asking).meta["answer"] == "right"
+        acknowledged = (await hand.frame(b"A"))[1 + ID_BYTES :]
+        assert frame_id("1") in [acknowledged[i : i + ID_BYTES] for i in range(0, len(acknowledged), ID_BYTES)]
+        again = asyncio.create_task(net.ask("a", "2"))
+        await hand.frame(b"M")
+        await hand.reply("2", Message("echo", {"re": "2"}))
+        assert (await again).meta["re"] == "2"
+        assert net.transport.traffic["r"].from_sites_bytes == sum(
+            len(encode_bytes(Message("echo", meta))) for meta in ({"re": "1", "answer": "right"}, {"re": "2"})
+        )
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b""], [b"nonsense"], [b"M" + bytes(30)], [HELLO[:20]],
+        [HELLO, b"Z" + bytes(16)], [HELLO, b"short"], [HELLO, HELLO], [HELLO, b"M" + bytes(16) + b"ATOL"],
+        [HELLO, b"D" + frame_id("x") + bytes(100)], [HELLO, b"P" + bytes(16) + b"{"],
+        [HELLO, b"A" + bytes(16) + frame_id("x")],
+    ],
+    ids=range(11),
+)  # fmt: skip
+async def test_malformed_frames_end_the_connection_and_nothing_else(net: Any, frames: list[bytes]) -> None:
+    await net.start()
+    net.join("good")
+    await net.up("good")
+    async with by_hand(net, "bad") as hand:
+        for frame in frames:
+            await hand.call.write(frame)
+        assert await hand.status() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "bad" not in net.transport.sites()
+    async with by_hand(net, "bad") as hand:  # it may try again
+        await hand.call.write(HELLO)
+        await net.until(lambda: "bad" in net.transport.sites())
+    await net.ask("good", "1")
+
+
+async def test_a_stream_that_ends_before_its_hello(net: Any) -> None:
+    await net.start()
+    async with by_hand(net, "a") as hand:
+        await hand.call.done_writing()
+        assert await hand.status() is grpc.StatusCode.OK
+    assert not net.transport.sites()
+
+
+# ---------------------------------------------------------------- strangers
+
+
+@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(3000), b"\x16\x03\x01\x02\x00", b""])
+async def test_garbage_on_either_port_does_no_harm(net: Any, noise: bytes) -> None:
+    await net.start()
+    net.join("a")
+    await net.up("a")
+    for port in (net.port, net.enrol_port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(noise)
+        if not noise:
+            writer.close()
+        else:
+            await writer.drain()
+            await net.ask("a", f"while {port}")
+            writer.close()
+        await asyncio.wait([asyncio.ensure_future(reader.read())], timeout=20)
+    await net.ask("a", "after")
+    assert net.connected == ["a"]
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [b"", b"[]", b"{", b"\xff", b"null", b'{"site":1}', b'{"a":NaN}', b"[" * 100_000]
+)
+async def test_malformed_unary_requests_are_refused(net: Any, request_bytes: bytes) -> None:
+    await net.start()
+    for port, method, pair in ((net.enrol_port, "Enrol", None), (net.port, "Renew", net.pair("a"))):
+        credentials = grpc.ssl_channel_credentials(net.ca.pem, *(pair or ()))
+        async with grpc.aio.secure_channel(f"127.0.0.1:{port}", credentials) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await channel.unary_unary(f"/{SERVICE}/{method}")(request_bytes, timeout=20)
+            assert error.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_the_enrolment_port_does_not_serve_streams(net: Any) -> None:
+    await net.start()
+    credentials = grpc.ssl_channel_credentials(net.ca.pem)
+    async with grpc.aio.secure_channel(f"127.0.0.1:{net.enrol_port}", credentials) as channel:
+        for method in ("Connect", "Renew"):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await channel.unary_unary(f"/{SERVICE}/{method}")(b"{}", timeout=20)
+            assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_nobody_listens(net: Any) -> None:
+    with pytest.raises(TransportError) as error:
+        await call_unary("127.0.0.1:1", net.ca.pem, None, "Enrol", {}, deadline_s=0.5)
+    assert error.value.code == "transport.unreachable" and "refused" in str(error.value) and error.value.remedy
+    net.address = "127.0.0.1:1"
+    site = net.join("a")
+    await net.until(lambda: len(net.states["a"]) >= 3)  # it keeps trying
+    assert not site.done() and set(net.states["a"]) == {"disconnected"}
+
+
+async def test_a_port_that_is_taken(net: Any) -> None:
+    await net.start()
+    second = GrpcTransport(net.authorise, enrol=lambda *_: {}, renew=lambda *_: {})
+    pair = net.ca.issue_server(["127.0.0.1"])
+    with pytest.raises(TransportError) as error:
+        await second.start("127.0.0.1", 0, net.port, net.ca.pem, lambda: pair)
+    assert error.value.code == "transport.port" and error.value.remedy
+    await second.stop()
+
+
+# ---------------------------------------------------------------- sizes
+
+
+async def test_a_task_beyond_the_sites_limit_is_refused_by_the_site(net: Any) -> None:
+    await net.start()
+    net.join("a", max_message_bytes=100_000)
+    await net.up("a")
+    for size in (200_000, 10_000_000, 20_000):
+        with pytest.raises(ProtocolError) as error:
+            await net.ask("a", f"large {size}", {"x": np.zeros(size)})
+        assert error.value.code == "site.too-large" and error.value.field == "max_message_bytes" and error.value.remedy
+        assert (await net.ask("a", f"small {size}", {"x": np.ones(100)})).arrays["x"].sum() == 100
+    assert net.connected == ["a"]
+
+
+async def test_a_disk_that_fills_fails_the_request_and_nothing_else(net: Any) -> None:
+    """The spool's file may not grow beyond 8 MB here: the system refuses like a full disk."""
+    await net.start()
+    net.join("a")
+    await net.up("a")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_100, hard))
+    try:
+        with pytest.raises(TransportError) as error:
+            await net.ask("a", "1", {"x": np.zeros(2_000_000)})
+        assert error.value.code == "spool.disk" and error.value.remedy
+        assert (await net.ask("a", "2", {"x": np.ones(900_000)})).arrays["x"].sum() == 900_000
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (await net.ask("a", "1", {"x": np.ones(2_000_000)})).arrays["x"].sum() == 2_000_000
+    assert net.connected == ["a"] and not list(net.folder.iterdir())
+
+
+async def test_a_spool_folder_that_is_gone(net: Any) -> None:
+    net.folder = net.folder / "nowhere"
+    await net.start()
+    net.join("a")
+    await net.up("a")
+    with pytest.raises(TransportError) as error:
+        await net.ask("a", "1", {"x": np.zeros(1_000_000)})
+    assert error.value.code == "spool.disk"
+    await net.ask("a", "2")
+
+
+def test_a_hello_by_hand_is_a_hello() -> None:
+    class Owner:
+        def accept(self, head: Head) -> None: ...
+
+    assert Link(Owner()).attach(HELLO) == 1  # type: ignore[arg-type]
