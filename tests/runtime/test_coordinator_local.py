@@ -5,6 +5,7 @@ The programs here are registered under ``test.local.*``; they exist only in this
 
 from __future__ import annotations
 
+import asyncio
 import struct
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoll.contract.errors import AtollError, ProtocolError, TransportError
+from atoll.contract.errors import AtollError, PolicyError, ProtocolError, TransportError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Stream, Sum, Task, count, real
 from atoll.contract.wire import Message, decode, encode_bytes
@@ -109,6 +110,54 @@ class Streaming:
     def reply(self, site: SiteView, task: Task) -> Reply:
         CALLS.append(("reply", site.name, task.id.round))
         return {"x": site.table["x"].mean() / task["value"]}
+
+
+@program("test.local.race", needs={"stream"})
+class Race:
+    """Five answers, from whoever gives them; the named sites run out of memory."""
+
+    class Params(ProgramParams):
+        broken: tuple[str, ...] = ()
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def coordinate(self, cohort: Cohort, start: Any = None) -> Steps:
+        order: list[str] = []
+        ask: tuple[str, ...] = cohort.sites
+        for _ in range(5):
+            arrived = yield Round("lap", Stream(), {"n": count()}, sites=ask)
+            order.append(arrived.site)
+            ask = (arrived.site,)
+        return {"order": order}
+
+    @handler("lap", reduce="stream")
+    def lap(self, site: SiteView, task: Task) -> Reply:
+        if site.name in self.params.broken:
+            raise MemoryError
+        return {"n": 1}
+
+
+@program("test.local.shy", needs={"gather"})
+class Shy:
+    """Sites that withhold a reply, or fail otherwise."""
+
+    class Params(ProgramParams):
+        optional: bool
+        code: str
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def coordinate(self, cohort: Cohort, start: Any = None) -> Steps:
+        told = yield Round("tell", Gather(), {"n": count()}, optional=self.params.optional)
+        return {"told": told.sites}
+
+    @handler("tell", reduce="gather")
+    def tell(self, site: SiteView, task: Task) -> Reply:
+        if site.name == "s1":
+            raise PolicyError(self.params.code, "not told", remedy="ask the site's operator")
+        return {"n": 1}
 
 
 @program("test.local.trouble", needs={"sum"})
@@ -255,7 +304,30 @@ def test_a_stream_is_replayed_in_the_order_it_first_had(federation: Any) -> None
             assert not ledger.unacknowledged
 
 
+def test_what_a_site_withholds_from_an_optional_round_is_left_out(federation: Any) -> None:
+    plan = plan_of(federation, "shy", {"optional": True, "code": "policy.withheld"})
+    assert federation.run(plan, tables_of(federation))["result"]["told"] == ("s0", "s2")
+    _settled(federation, "finished")
+
+
+@pytest.mark.parametrize(("optional", "code"), [(False, "policy.withheld"), (True, "policy.other")])
+def test_nothing_else_is_optional(federation: Any, optional: bool, code: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        federation.run(plan_of(federation, "shy", {"optional": optional, "code": code}), tables_of(federation))
+    _named_at_both_ends(federation, caught.value, code, "s1", 0, "tell")
+
+
 # ---------------------------------------------------------------- dropouts
+
+
+def test_a_stream_goes_on_without_sites_that_drop_out(federation: Any) -> None:
+    plan = plan_of(federation, "race", {"broken": ("s1", "s2")})
+    assert federation.run(plan, tables_of(federation))["result"]["order"] == ["s0"] * 5
+    assert sorted(event["dropout"] for event in federation.events if "dropout" in event) == ["s1", "s2"]
+    alone = plan_of(federation, "race", {"broken": ("s0", "s1", "s2")})
+    with pytest.raises(TransportError) as caught:
+        federation.run(alone, tables_of(federation))
+    assert caught.value.code == "cohort.too-few-left"
 
 
 def trouble(federation: Any, how: str, rule: str, sites: tuple[str, ...] = ("s1",), **cohort: Any) -> Any:
@@ -341,7 +413,7 @@ def _named_at_both_ends(federation: Any, error: AtollError, code: str, site: str
     for where, note in notes.items():
         for part in (f"site {site}", f"round {number}", step, error.remedy, run):
             assert part in note, f"{part!r} is not in the note at {where}: {note}"
-        causes = {code, error.message or code, "not enough memory at the site"}  # its own words, or those it may tell
+        causes = {code, error.message or code, "not enough memory", "not told"}  # its own words, or those it may tell
         assert any(cause in note for cause in causes), f"no cause is in the note at {where}: {note}"
 
 
@@ -422,6 +494,40 @@ def test_a_site_that_refuses_to_open_is_named_with_all_others_that_do(federation
     ]
     assert CALLS == []
     assert federation.store.run(federation.run_id)["status"] == "failed"
+
+
+# ---------------------------------------------------------------- cancelled, and stopped
+
+
+def cancel_at(number: int, *reason: str) -> Callable[[dict[str, Any]], None]:
+    def listen(event: dict[str, Any]) -> None:
+        if event.get("round") == number:
+            asyncio.current_task().cancel(*reason)
+
+    return listen
+
+
+def test_a_cancelled_run_ends_at_every_party(federation: Any) -> None:
+    federation.build(tables_of(federation))
+    run = federation.submit(plan_of(federation, "sums"))
+    with pytest.raises(asyncio.CancelledError):
+        federation.drive(on_event=cancel_at(2))
+    assert federation.store.run(run)["status"] == "cancelled"
+    _settled(federation, "cancelled", unfinished_round=2)
+    assert {number for _, _, number in CALLS} <= {0, 1, 2}
+
+
+def test_a_coordinator_that_is_stopped_resumes_with_the_same_bits(federation: Any) -> None:
+    wanted = reference(federation)
+    federation.build(tables_of(federation))
+    run = federation.submit(plan_of(federation, "sums"))
+    with pytest.raises(asyncio.CancelledError):
+        federation.drive(on_event=cancel_at(2, "stopping"))
+    assert [journal.status(run) for journal in federation.journals.values()] == ["running"] * 3
+    federation.start_coordinator()
+    assert federation.drive(run)["result"]["seen"] == wanted
+    assert sorted(CALLS) == [("step", f"s{i}", number) for i in range(3) for number in range(4)]
+    _settled(federation, "finished")
 
 
 # ---------------------------------------------------------------- crashes: resume is replay

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import threading
@@ -37,6 +38,10 @@ class ByHand:
                 return frame  # type: ignore[no-any-return]
 
     async def status(self) -> Any:
+        """How the coordinator ended the stream."""
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while await asyncio.wait_for(self.call.read(), 20) is not grpc.aio.EOF:
+                pass
         return await asyncio.wait_for(self.call.code(), 20)
 
     async def reply(self, name: str, message: Message) -> None:

@@ -68,12 +68,15 @@ def _finite(text: str) -> float:
     return number
 
 
+_STRICT = json.JSONDecoder(parse_float=_finite, parse_constant=_no_constants)
+
+
 def parse_json(data: bytes) -> Json:
     """Parse strict JSON, so that it can be said again; raises ProtocolError for anything else
     (bad UTF-8, half a surrogate pair, NaN, numbers that overflow, deep nesting)."""
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, parse_float=_finite, parse_constant=_no_constants)
+        value = _STRICT.decode(text)
         if "\\u" in text:
             to_json(value)  # raises for half a surrogate pair
         return value

@@ -80,7 +80,7 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
         ("left the sites", size(part(result, "wire").get("from_sites_bytes"))),
         ("time", duration(result.get("seconds"))),
     ]
-    named = [f"{name} ({whole(part(sites, name).get('rows'))} rows)" for name in sites]
+    named = [_with_rows(name, part(site).get("rows")) for name, site in sites.items()]
     transport = str(result.get("transport") or "")
     facts: list[tuple[Child, Child]] = [
         ("Purpose", details.get("purpose")),
@@ -98,6 +98,10 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
         terms([(name, value) for name, value in tiles if value != NOTHING], "tiles"),
         terms(facts, "facts two"),
     )
+
+
+def _with_rows(name: str, rows: object) -> str:
+    return name if real(rows) is None else f"{name} ({whole(rows)} rows)"
 
 
 def _code(value: object) -> Html | None:

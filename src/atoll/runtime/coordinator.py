@@ -303,7 +303,7 @@ class _Run:
                 return await self.courier.ask(asked, number, exchange, site)
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
-                if isinstance(error, TransportError) or error.code == "site.out-of-memory":
+                if _is_dropout(error):
                     self.dropped(site, error)
                 elif not (asked.optional and error.code == "policy.withheld"):
                     raise
@@ -322,9 +322,14 @@ class _Run:
             if isinstance(answer, Incoming):
                 return Arrival(site, asked_round, answer.arrays()), {site: [answer]}
             answer.at(site=site, round=asked_round, step=f"{asked.program}/{asked.name}", trace=self.run)
-            if not isinstance(answer, TransportError):
+            if not _is_dropout(answer):
                 raise answer
             self.dropped(site, answer)
+
+
+def _is_dropout(error: AtollError) -> bool:
+    """A site that cannot be reached, or cannot do its work: others may go on without it."""
+    return isinstance(error, TransportError) or error.code == "site.out-of-memory"
 
 
 def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:

@@ -244,7 +244,7 @@ class Site:
 
     def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:
         """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
-        key = canonical_json(dict(view))
+        key = canonical_json(dict(view)) if view else b""
         if key not in opened.views:
             if opened.table is None:
                 opened.table = with_hold_out(self._data(opened.plan), opened.plan, self.name)

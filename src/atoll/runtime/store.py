@@ -49,7 +49,7 @@ BLOBS = sa.Table(
 METRICS = sa.Table(
     "metrics", _meta,
     sa.Column("run", sa.String(32), primary_key=True), sa.Column("step", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(100), primary_key=True), sa.Column("value", sa.Float, nullable=False),
+    sa.Column("name", sa.String(100), primary_key=True), sa.Column("value", sa.Float),  # NULL: NaN
 )  # fmt: skip
 UNTOLD = sa.Table(
     "untold", _meta,
@@ -60,14 +60,19 @@ LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True
 SITES = sa.Table(
     "sites", _meta,
     sa.Column("site", sa.String(64), primary_key=True), sa.Column("public_key", sa.String(64), nullable=False),
-    sa.Column("token_hash", sa.String(64), nullable=False), sa.Column("token_expires", sa.Integer, nullable=False),
+    sa.Column("token_hash", sa.String(64), nullable=False), sa.Column("token_expires", sa.BigInteger, nullable=False),
     sa.Column("certificates", sa.String(130), nullable=False),
     sa.Column("revoked", sa.Boolean, nullable=False), sa.Column("seen", sa.String(40), nullable=False),
 )  # fmt: skip
 
 
-def _now() -> str:
-    return dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+def _now(timespec: str = "seconds") -> str:
+    return dt.datetime.now(dt.UTC).isoformat(timespec=timespec)
+
+
+def _text(note: str) -> str:
+    """*note* without NUL, which PostgreSQL does not take."""
+    return note.replace("\0", "")
 
 
 class RunStore:
@@ -84,9 +89,10 @@ class RunStore:
             ) from None
         if self._engine.dialect.name == "sqlite":
             sa.event.listen(self._engine, "connect", partial(_sqlite_settings, durable))
+            if (file := self._engine.url.database) and file != ":memory:":
+                Path(file).touch(0o600)  # before SQLite makes it and its write-ahead log
+                Path(file).chmod(0o600)
         _meta.create_all(self._engine)
-        if self._engine.dialect.name == "sqlite" and (file := self._engine.url.database) and file != ":memory:":
-            Path(file).chmod(0o600)
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -101,8 +107,8 @@ class RunStore:
         with self._begin() as db:
             db.execute(
                 RUNS.insert().values(
-                    run=run, created=_now(), status="submitted", name=plan.name, plan=to_json(plan.to_json()).decode(),
-                    plan_hash=plan.hash, sites=json.dumps(list(sites)), cancel=False, note="", result=None,
+                    run=run, created=_now("microseconds"), status="submitted", name=plan.name,
+                    plan=to_json(plan.to_json()).decode(), plan_hash=plan.hash, sites=json.dumps(list(sites)), cancel=False, note="", result=None,
                 )
             )  # fmt: skip
         return run
@@ -127,7 +133,7 @@ class RunStore:
     def set_status(self, run: str, status: str, note: str = "") -> None:
         """Change a run's status; *note* is what the operator reads."""
         with self._begin() as db:
-            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note))
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=_text(note)))
 
     def request_cancel(self, run: str) -> None:
         """Ask the running coordinator to cancel; raises PlanError if there is no such run."""
@@ -138,7 +144,7 @@ class RunStore:
     def end_run(self, run: str, status: str, note: str, sites: Sequence[str], error: Json) -> None:
         """Store how a run ended, and that *sites* do not know it yet."""
         with self._begin() as db:
-            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=note))
+            db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=_text(note)))
             db.execute(UNTOLD.delete().where(UNTOLD.c.run == run))
             for site in sites:
                 db.execute(UNTOLD.insert().values(site=site, run=run, status=status, error=json.dumps(error)))
@@ -198,11 +204,10 @@ class RunStore:
         """Store a program's state before round *number* and forget reductions of earlier rounds of *stage*."""
         with self._begin() as db:
             self._write_blob(db, run, "checkpoint", Message("checkpoint", {"number": number}, dict(state)))
-            old = sa.select(ROUNDS.c.number).where(
+            old = sa.select(sa.literal("round ") + sa.cast(ROUNDS.c.number, sa.String)).where(
                 ROUNDS.c.run == run, ROUNDS.c.stage == stage, ROUNDS.c.number < number
             )
-            names = [f"round {n}" for (n,) in db.execute(old)]
-            db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name.in_(names)))
+            db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name.in_(old)))
 
     def checkpoint(self, run: str) -> tuple[int, dict[str, Array]] | None:
         """(round number, state) of the last checkpoint, or None."""
@@ -228,13 +233,15 @@ class RunStore:
         """Store metrics of one step, replacing those stored before a restart."""
         with self._begin() as db:
             db.execute(METRICS.delete().where(METRICS.c.run == run, METRICS.c.step == step))
-            db.execute(METRICS.insert(), [{"run": run, "step": step, "name": n, "value": v} for n, v in values.items()])
+            rows = [{"run": run, "step": step, "name": n, "value": float(v)} for n, v in values.items()]
+            if rows:
+                db.execute(METRICS.insert(), rows)
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
         """All stored metrics, by step."""
         with self._begin() as db:
             rows = db.execute(METRICS.select().where(METRICS.c.run == run).order_by(METRICS.c.step)).mappings()
-            return [dict(row) for row in rows]
+            return [{**row, "value": float("nan") if row["value"] is None else row["value"]} for row in rows]
 
     # -- enrolment
 
