@@ -15,6 +15,7 @@ import numpy as np
 
 from atoll import __version__
 from atoll.contract.plan import Plan
+from atoll.contract.program import REGISTRY
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import LinearModel
 
@@ -88,7 +89,8 @@ def releases(ledger: Path) -> list[dict[str, Any]]:
         if entry["kind"] != "release":
             continue
         body = entry["body"]
-        what = ", ".join(_in_words(name, shape) for name, _, shape in body["fields"])
+        numbers = sum(math.prod(shape) for _, _, shape in body["fields"])
+        what = f"{_in_words(body['program'], body['handler'])} ({numbers} number{'s' if numbers > 1 else ''})"
         key = (body["program"], body["handler"], what)
         counted[key] += 1
         size[key] += body["bytes"]
@@ -98,9 +100,11 @@ def releases(ledger: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _in_words(name: str, shape: list[int]) -> str:
-    numbers = math.prod(shape)
-    return f"{name} ({numbers} numbers)" if shape else f"{name} (1 number)"
+def _in_words(program: str, handler: str) -> str:
+    """What a handler answers, as its docstring says it ("At the site: counts of …")."""
+    made = REGISTRY[program].handlers.get(handler) if program in REGISTRY else None
+    doc = (made.answer.__doc__ or "").strip().split(".")[0] if made is not None else ""
+    return " ".join(doc.removeprefix("At the site: ").split()) or handler
 
 
 def details(

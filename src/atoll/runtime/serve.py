@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import gc
 import json
@@ -132,6 +133,7 @@ def settle() -> None:
     threadpool_limits(1)
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # at the end extension modules look for what was never freed
 
 
 async def until_ended(work: Coroutine[Any, Any, None], parent: int = 0) -> None:

@@ -108,7 +108,8 @@ class RunStore:
             db.execute(
                 RUNS.insert().values(
                     run=run, created=_now("microseconds"), status="submitted", name=plan.name,
-                    plan=to_json(plan.to_json()).decode(), plan_hash=plan.hash, sites=json.dumps(list(sites)), cancel=False, note="", result=None,
+                    plan=to_json(plan.to_json()).decode(), plan_hash=plan.hash, sites=json.dumps(list(sites)),
+                    cancel=False, note="", result=None,
                 )
             )  # fmt: skip
         return run
