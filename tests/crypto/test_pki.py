@@ -166,9 +166,14 @@ def test_a_request_for_another_name_is_refused(ca: CertificateAuthority, name: s
 
 
 def test_any_altered_byte_of_a_request_is_refused(ca: CertificateAuthority) -> None:
-    """The key, the name or the signature: nothing can be exchanged under way."""
-    der = x509.load_pem_x509_csr(pki.make_csr(pki.new_key(), "north")).public_bytes(Encoding.DER)
-    for place in range(len(der)):
+    """The key, the name or the signature: nothing can be exchanged under way.
+
+    But for the count of unused bits before the signature, which carries nothing.
+    """
+    request = x509.load_pem_x509_csr(pki.make_csr(pki.new_key(), "north"))
+    der = request.public_bytes(Encoding.DER)
+    unused_bits = len(der) - len(request.signature) - 1
+    for place in set(range(len(der))) - {unused_bits}:
         altered = bytearray(der)
         altered[place] ^= 1
         pem = b"-----BEGIN CERTIFICATE REQUEST-----\n" + base64.encodebytes(bytes(altered))
@@ -195,6 +200,7 @@ def test_a_request_with_two_names_or_another_kind_of_key_is_refused(ca: Certific
         request(pki.new_key(), "south", "north"),
         request(pki.new_key()),
         request(ed25519.Ed25519PrivateKey.generate(), "north"),
+        request(ec.generate_private_key(ec.SECP384R1()), "north"),
     ):
         with pytest.raises(IntegrityError):
             ca.issue_site(pem, "north")
@@ -238,6 +244,15 @@ def test_names_that_do() -> None:
 
 
 # ---------------------------------------------------------------- keeping and renewing
+
+
+def test_other_keys_are_no_tls_keys() -> None:
+    key = pki.new_key()
+    assert pki.load_key(pki.key_pem(key)).public_key() == key.public_key()
+    for pem in (b"", b"text", pki.key_pem(key)[:100], pki.key_pem(ec.generate_private_key(ec.SECP384R1()))):
+        with pytest.raises(IntegrityError) as error:
+            pki.load_key(pem, "ca.key")
+        assert (error.value.code, error.value.field) == ("key.type", "ca.key")
 
 
 def test_a_ca_survives_on_disk(ca: CertificateAuthority, tmp_path: Path) -> None:

@@ -147,9 +147,11 @@ def test_files_that_documents_name_are_there(document: Path) -> None:
 def test_readme_program_gives_the_pooled_mean(readme: str, federation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
     [source] = [code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@program" in code]
-    monkeypatch.setattr("atoll.contract.program.REGISTRY", {**REGISTRY})
+    monkeypatch.setitem(REGISTRY, "example.federated_mean", None)  # so that it is gone afterwards
     exec(compile(source, readme, "exec"), {"__name__": "readme_program"})
     column = {"radius": {"range": [0, 100]}}
-    tables = {site: federation.table({"radius": list(range(10 * i, 10 * i + 9))}, column) for i, site in enumerate("abc")}
+    tables = {
+        site: federation.table({"radius": list(range(10 * i, 10 * i + 9))}, column) for i, site in enumerate("abc")
+    }
     outcome = federation.run(federation.plan("example.federated_mean", {"column": "radius"}, tables), tables)
     assert outcome["result"] == {"mean": pytest.approx(14.0), "rows": 27}

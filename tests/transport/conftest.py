@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 from atoll.contract.errors import AtollError, IntegrityError
 from atoll.contract.wire import Head, Json, Message
 from atoll.crypto import pki
+from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
+from atoll.runtime.policy import Policy
 from atoll.transport.base import Endpoint, Progress
-from atoll.transport.grpc import GrpcSite, GrpcTransport
+from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
 from atoll.transport.local import LocalTransport
 
 PATIENCE_S = 30.0
@@ -112,7 +115,7 @@ class Net:
 
         def ready() -> bool:
             for _, task in self.sites:
-                if task.done():
+                if task.done() and not task.cancelled():
                     task.result()
             return self.transport.sites().keys() >= set(sites) and set(sites) <= set(self.connected)
 
@@ -146,6 +149,90 @@ async def net(tmp_path: Path) -> AsyncIterator[Net]:
     made = Net(tmp_path)
     yield made
     await made.close()
+
+
+class Headquarters(Net):
+    """A coordinator with its home and its store: sites enrol, renew and are revoked for real.
+
+    skew: how far the coordinator's clock is ahead while it issues certificates.
+    """
+
+    def __init__(self, folder: Path, skew: dt.timedelta = dt.timedelta(0), **config: Any) -> None:
+        super().__init__(folder)
+        self.skew = skew
+        with self.clock():
+            self.home = CoordinatorHome.create(
+                folder / "coordinator", CoordinatorConfig(port=0, enrol_port=0, **config)
+            )  # fmt: skip
+            self.home.server_pair()
+        self.ca, self.store = self.home.ca, self.home.store()
+
+    @contextlib.contextmanager
+    def clock(self) -> Iterator[None]:
+        """What the coordinator's clock shows, in this block."""
+        real = pki.now
+        pki.now = lambda: real() + self.skew  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            pki.now = real  # type: ignore[assignment]
+
+    def authorise(self, pem: bytes) -> str:
+        return self.home.authorise(self.store, pem)
+
+    async def listen(self) -> Headquarters:
+        """Listen, and write the ports down as ``atoll coordinator up`` does."""
+
+        def enrol(_: str, request: Mapping[str, Json]) -> Mapping[str, Json]:
+            with self.clock():
+                return self.home.enrol(self.store, request)
+
+        def renew(site: str, request: Mapping[str, Json]) -> Mapping[str, Json]:
+            with self.clock():
+                return self.home.renew(self.store, site, request)
+
+        await self.start(self.home.server_pair, enrol=enrol, renew=renew)
+        ports = {"port": self.port, "enrol_port": self.enrol_port}
+        (self.home.folder / "listening.json").write_text(json.dumps(ports))
+        return self
+
+    def invite(self, site: str, lifetime: dt.timedelta = dt.timedelta(hours=3)) -> str:
+        """A join token, as one line."""
+        with self.clock():
+            return self.home.invite(self.store, site, lifetime).encode()
+
+    async def enrol(self, site: str, folder: str = "") -> SiteHome:
+        """A site's home, set up with a token."""
+        return await SiteHome.create(self.folder / (folder or site), self.invite(site), {}, Policy.sandbox())
+
+    def up_site(self, home: SiteHome, endpoint: Endpoint = echo, *, renew: Any = None) -> asyncio.Task[None]:
+        """Start a site from its folder, as ``atoll site up`` does."""
+
+        async def usual(channel: Any) -> bool:
+            return await home.renew(lambda request: on_channel(channel, "Renew", request))
+
+        return self.join(
+            home.config.name, endpoint, pair=home.pair, address=home.config.address, ca_pem=home.ca_pem,
+            renew=renew or usual, check_s=0.02,
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        await super().close()
+        self.store.close()
+
+
+@pytest.fixture
+async def headquarters(tmp_path: Path) -> AsyncIterator[Callable[..., Headquarters]]:
+    """Makes coordinators with homes: ``await headquarters(certificate_days=…).listen()``."""
+    made: list[Headquarters] = []
+
+    def make(**settings: Any) -> Headquarters:
+        made.append(Headquarters(tmp_path / f"federation {len(made)}", **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        await one.close()
 
 
 class Proxy:

@@ -181,7 +181,9 @@ async def test_a_stream_that_ends_before_its_hello(net: Any) -> None:
 # ---------------------------------------------------------------- strangers
 
 
-@pytest.mark.parametrize("noise", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(3000), b"\x16\x03\x01\x02\x00", b""])
+@pytest.mark.parametrize(
+    "noise", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", os.urandom(3000), b"\x16\x03\x01\x02\x00", b""]
+)
 async def test_garbage_on_either_port_does_no_harm(net: Any, noise: bytes) -> None:
     await net.start()
     net.join("a")

@@ -46,7 +46,7 @@ async def test_without_a_certificate_there_is_no_connection(net: Any) -> None:
             await asyncio.wait_for(call.read(), 20)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     with pytest.raises(TransportError):
-        await call_unary(net.address, net.ca.pem, None, "Renew", {}, deadline_s=5)
+        await call_unary(net.address, net.ca.pem, None, "Renew", {}, deadline_s=0.5)
     assert not net.transport.sites() and not net.connected
 
 

@@ -56,7 +56,9 @@ async def test_transfers_both_ways_survive_many_cuts(net: Any, proxies: Any) -> 
     net.join("a", answers, address=proxy.address, retry_s=0.05)
     await net.up("a")
     asking = asyncio.gather(
-        net.ask("a", "give"), net.ask("a", "take", {"x": LARGE}), *(net.ask("a", f"take {n}", {"x": LARGE[:9]}) for n in range(9))
+        net.ask("a", "give"),
+        net.ask("a", "take", {"x": LARGE}),
+        *(net.ask("a", f"take {n}", {"x": LARGE[:9]}) for n in range(9)),
     )
     for times in range(1, 8):
         proxy.cut_after = ("sent" if times % 2 else "received", times * 5_000_000)

@@ -56,15 +56,19 @@ class AtollError(Exception):
 
     @staticmethod
     def from_public(record: dict[str, Any], **where: Any) -> AtollError:
-        """Rebuild the error another party reported through :meth:`public`, whatever it sent."""
+        """Rebuild the error another party reported through :meth:`public`, whatever it sent.
+
+        where: what is known here of the place; it wins over what the party says.
+        """
         return AtollError._rebuilt(record, where, depth=0)
 
     @staticmethod
     def _rebuilt(record: dict[str, Any], where: dict[str, Any], depth: int) -> AtollError:
         kinds = {kind.__name__: kind for kind in AtollError.__subclasses__()}
         kind = kinds.get(str(record.get("error")), ProtocolError)
-        code, remedy, field = (str(record.get(k) or "")[:500] for k in ("code", "remedy", "field"))
-        where |= {k: record[k] for k in ("site", "round", "step", "trace") if record.get(k) not in (None, "")}
+        code, remedy, field = (_printable(record.get(k)) for k in ("code", "remedy", "field"))
+        told = {k: _printable(record[k]) for k in ("site", "round", "step", "trace") if record.get(k) not in (None, "")}
+        where = {**told, **where}
         listed = record.get("parts") if depth < MAX_DEPTH else None
         parts = [
             AtollError._rebuilt(part, {}, depth + 1)
@@ -120,6 +124,11 @@ class TransportError(AtollError):
 
 class IntegrityError(AtollError):
     """A signature, digest, certificate, token or ledger does not verify."""
+
+
+def _printable(value: Any) -> str:
+    """Another party's text, fit for a terminal and a log: short, and without control characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value or "")[:500])
 
 
 def refuse_all(kind: type[AtollError], code: str, problems: list[AtollError]) -> None:

@@ -34,6 +34,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from atoll.contract.errors import IntegrityError
 from atoll.crypto.identity import check_private, write_private
 
+CURVE = ec.SECP256R1()
 SITE_LIFETIME = dt.timedelta(days=7)
 CA_LIFETIME = dt.timedelta(days=3650)
 EARLY = dt.timedelta(hours=2)
@@ -63,7 +64,7 @@ def now() -> dt.datetime:
 
 def new_key() -> ec.EllipticCurvePrivateKey:
     """A fresh P-256 key."""
-    return ec.generate_private_key(ec.SECP256R1())
+    return ec.generate_private_key(CURVE)
 
 
 def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
@@ -98,7 +99,7 @@ def load_key(pem: bytes, field: str = "tls.key") -> ec.EllipticCurvePrivateKey:
         key = load_pem_private_key(pem, None)
     except UNREADABLE:
         key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != CURVE.name:
         raise IntegrityError("key.type", f"{field} is not a P-256 key", field=field)
     return key
 
@@ -178,7 +179,7 @@ class CertificateAuthority:
             right = csr.is_signature_valid and [attribute.value for attribute in common] == [check_name(name)]
         except UNREADABLE:
             right, public = False, None
-        if not right or not isinstance(public, ec.EllipticCurvePublicKey):
+        if not right or not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != CURVE.name:
             raise IntegrityError("csr.wrong", "the signing request is malformed or for another name", field="csr")
         names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(f"atoll://site/{name}")]
         return self._issue(public, name, names, ExtendedKeyUsageOID.CLIENT_AUTH, lifetime)

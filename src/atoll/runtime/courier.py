@@ -37,7 +37,9 @@ class Courier:
         meta: dict[str, Json] = {"id": f"{self._run}/open/{site}", "run": self._run}
         meta |= {"plan": self._plan.to_json(), "roster": self._roster}
         patience = self._plan.run.deadline_s
-        return await self._transport.request(site, Message("open", meta), patience, expect("opened"), progress)
+        return await self._transport.request(
+            site, Message("open", meta), patience, expect("opened", site=site, step="open", trace=self._run), progress
+        )
 
     async def ask(self, asked: Round, number: int, exchange: Exchange, site: str) -> Incoming:
         """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
@@ -56,7 +58,8 @@ class Courier:
             "receipts": owed,
         }
         message = Message("task", meta, {**asked.send, **asked.send_to.get(site, {}), **exchange.send})
-        check = expect("release", exchange.fields)
+        where = {"site": site, "round": number, "step": f"{asked.program}/{asked.name}", "trace": self._run}
+        check = expect("release", exchange.fields, **where)
         incoming = await self._transport.request(site, message, self._plan.run.deadline_s, check)
         verify_release(incoming, message, bytes.fromhex(self._roster[site]), self._plan_hash, self._roster_hash)
         self._owed[site] = self._owed.get(site, [])[len(owed) :]
@@ -67,7 +70,9 @@ class Courier:
         meta: dict[str, Json] = {"id": f"{self._run}/close/{site}", "run": self._run, "status": status}
         meta |= {"error": error, "receipts": self._owed.get(site, [])}
         patience = min(self._plan.run.deadline_s, 10.0)
-        await self._transport.request(site, Message("close", meta), patience, expect("closed"))
+        await self._transport.request(
+            site, Message("close", meta), patience, expect("closed", site=site, step="close", trace=self._run)
+        )
 
 
 class Flights:
@@ -110,13 +115,16 @@ class Flights:
             task.cancel()
 
 
-def expect(kind: str, fields: Mapping[str, Field] | None = None) -> Callable[[Head], None]:
-    """A check of a reply's header: kind, names, dtypes and sizes, before memory is allocated."""
+def expect(kind: str, fields: Mapping[str, Field] | None = None, **where: Any) -> Callable[[Head], None]:
+    """A check of a reply's header: kind, names, dtypes and sizes, before memory is allocated.
+
+    where: the place that a reported failure is put down to, whatever the site says of it.
+    """
     declared = fields or {}
 
     def check(head: Head) -> None:
         if head.kind == "failure" and not head.specs:
-            raise AtollError.from_public(head.meta)
+            raise AtollError.from_public(head.meta, **where)
         if head.kind != kind or {spec.name for spec in head.specs} != set(declared):
             raise ProtocolError("reply.fields", f"a {head.kind} with other fields instead of a {kind}")
         for spec in head.specs:

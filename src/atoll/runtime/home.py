@@ -10,6 +10,7 @@ import asyncio
 import datetime as dt
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from atoll.contract.errors import IntegrityError, PlanError
+from atoll.contract.errors import IntegrityError, PlanError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
@@ -41,6 +42,9 @@ share: []                                    # own values that may leave un-summ
 approval: manual                             # ask the operator about every study (or: automatic)
 roster: manual                               # ask the operator about every new identity (or: automatic)
 """
+
+
+PUBLIC_KEY = "[0-9a-f]{64}"
 
 
 class CoordinatorConfig(BaseModel):
@@ -69,8 +73,8 @@ class SiteConfig(BaseModel):
     datasets: Mapping[str, SourceSpec] = Field(default_factory=dict)
 
 
-def _new_folder(folder: Path, mark: str) -> None:
-    if (folder / mark).exists():
+def _new_folder(folder: Path, *marks: str) -> None:
+    if any((folder / mark).exists() for mark in marks):
         raise PlanError("home.exists", f"{folder} is set up already", field="home", remedy="choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -134,11 +138,14 @@ class CoordinatorHome:
         """The enrolled, unrevoked site that a certificate of our CA belongs to; raises IntegrityError."""
         site, fingerprint = pki.read_site_certificate(certificate_pem, self.ca)
         row = store.sites().get(site)
-        if row is None or row["revoked"] or not row["public_key"] or fingerprint not in row["certificates"].split():
+        good = row["certificates"].split() if row and row["public_key"] and not row["revoked"] else []
+        if fingerprint not in good:
             raise IntegrityError(
                 "certificate.revoked", "the certificate was revoked or replaced", field=site,
                 remedy="ask the coordinator's operator for a new invitation",
             )  # fmt: skip
+        if fingerprint != good[-1]:
+            store.confirm_certificate(site, fingerprint)
         return site
 
     def enrol(self, store: RunStore, request: Mapping[str, Json]) -> Mapping[str, Json]:
@@ -146,7 +153,7 @@ class CoordinatorHome:
         match request:
             case {"site": str(site), "secret": str(secret), "csr": str(csr), "public_key": str(public)}:
                 certificate = self.ca.issue_site(csr.encode(), site, self.lifetime)
-                if len(bytes.fromhex(public)) != 32:
+                if not re.fullmatch(PUBLIC_KEY, public):
                     raise IntegrityError("enrol.key", "the identity key is not an Ed25519 key", field="public_key")
                 store.enrol(site, pki.secret_hash(secret), public, pki.certificate_fingerprint(certificate))
                 return {"certificate": certificate.decode(), "coordinator_key": self.identity.public.hex(),
@@ -181,24 +188,27 @@ class SiteHome:
         TransportError when the coordinator cannot be reached; the folder is then left empty.
         """
         token = pki.JoinToken.decode(token_text)
-        _new_folder(folder, "site.yaml")
+        _new_folder(folder, "site.yaml", "identity.key", "tls.key")
         identity, key = Identity.generate(token.site), pki.new_key()
         request = {"site": token.site, "secret": token.secret, "public_key": identity.public.hex()}
         request["csr"] = pki.make_csr(key, token.site).decode()
         answer = await call_unary(token.address, token.ca_pem, None, "Enrol", request)
+        certificate, host = _certificate(answer), token.address.rsplit(":", 1)[0]
+        match answer:
+            case {"port": int(port), "coordinator_key": str(public)} if re.fullmatch(PUBLIC_KEY, public):
+                config = SiteConfig(
+                    name=token.site, address=f"{host}:{port}", coordinator_key=public, datasets=datasets
+                )  # fmt: skip
+            case _:
+                raise ProtocolError("enrol.malformed", "the coordinator's answer is not what was asked for")
         identity.save(folder / "identity.key")
         write_private(folder / "tls.key", pki.key_pem(key))
-        (folder / "tls.pem").write_text(str(answer["certificate"]))
+        (folder / "tls.pem").write_text(certificate)
         (folder / "ca.pem").write_bytes(token.ca_pem)
         if policy is None:
             (folder / "policy.yaml").write_text(POLICY_TEMPLATE)
         else:
             (folder / "policy.yaml").write_text(yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False))
-        host = token.address.rsplit(":", 1)[0]
-        config = SiteConfig(
-            name=token.site, address=f"{host}:{int(answer['port'])}", coordinator_key=str(answer["coordinator_key"]),
-            datasets=datasets,
-        )  # fmt: skip
         (folder / "site.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return SiteHome(folder)
 
@@ -237,7 +247,23 @@ class SiteHome:
             return False
         key = pki.load_key(check_private(self.folder / "tls.key"))
         answer = await call({"csr": pki.make_csr(key, self.config.name).decode()})
-        fresh = self.folder / "tls.pem.new"
-        fresh.write_text(str(answer["certificate"]))
-        await asyncio.to_thread(fresh.replace, self.folder / "tls.pem")
+        await asyncio.to_thread(self._replace_certificate, _certificate(answer))
         return True
+
+    def _replace_certificate(self, certificate: str) -> None:
+        fresh = self.folder / "tls.pem.new"
+        with fresh.open("w") as file:
+            file.write(certificate)
+            file.flush()
+            os.fsync(file.fileno())  # once it is used, the old one is good no longer
+        fresh.replace(self.folder / "tls.pem")
+
+
+def _certificate(answer: Mapping[str, Json]) -> str:
+    """The certificate in a coordinator's answer; raises ProtocolError when there is none."""
+    certificate = str(answer.get("certificate"))
+    try:
+        pki.certificate_fingerprint(certificate.encode())
+    except ValueError:
+        raise ProtocolError("enrol.malformed", "the coordinator's answer holds no certificate") from None
+    return certificate

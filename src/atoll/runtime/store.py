@@ -275,12 +275,17 @@ class RunStore:
                 raise IntegrityError("token.refused", "the join token was used at the same moment", field="token")
 
     def add_certificate(self, site: str, certificate: str) -> None:
-        """A renewed certificate (its fingerprint) is good for *site*, and for now the one before it,
-        in case the answer is lost on its way."""
+        """A renewed certificate (its fingerprint) is good for *site*, and so is the one in use until
+        the new one is: answers may be lost on their way."""
         with self._begin() as db:
             before = db.execute(sa.select(SITES.c.certificates).where(SITES.c.site == site)).scalar() or ""
-            kept = " ".join([certificate, *before.split()[:1]])
+            kept = " ".join([certificate, *before.split()[-1:]])
             db.execute(SITES.update().where(SITES.c.site == site).values(certificates=kept))
+
+    def confirm_certificate(self, site: str, certificate: str) -> None:
+        """*certificate* is in use: no earlier one of *site* is good any longer."""
+        with self._begin() as db:
+            db.execute(SITES.update().where(SITES.c.site == site).values(certificates=certificate))
 
     def revoke(self, site: str) -> None:
         """Shut a site out; raises PlanError if it is unknown."""

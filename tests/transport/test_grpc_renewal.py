@@ -1,0 +1,248 @@
+"""Certificates renew themselves, whatever is lost on the way; revocation and re-enrolment end them."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography import x509
+
+from atoll.contract.errors import IntegrityError, ProtocolError, TransportError
+from atoll.contract.wire import Message
+from atoll.crypto import pki
+from atoll.runtime.home import SiteHome
+from atoll.runtime.serve import CoordinatorServer, serve_site
+from atoll.transport.grpc import call_unary, on_channel
+
+DAY_S = 86_400
+
+
+def pem(home: SiteHome) -> bytes:
+    return (home.folder / "tls.pem").read_bytes()
+
+
+def good(hq: Any, certificate: bytes) -> bool:
+    try:
+        hq.home.authorise(hq.store, certificate)
+    except IntegrityError as error:
+        assert error.code == "certificate.revoked" and error.remedy
+        return False
+    return True
+
+
+async def test_a_short_lived_certificate_renews_itself_while_the_site_works(headquarters: Any) -> None:
+    lifetime_s = 6.0
+    hq = await headquarters(certificate_days=lifetime_s / DAY_S).listen()
+    home = await hq.enrol("a")
+    first = pem(home)
+    assert not await home.renew(None)  # it is young yet
+    hq.up_site(home)
+    await hq.up("a")
+    asked = 0
+    while hq.connected.count("a") < 2:
+        asked += 1
+        x = np.full(200_000, asked)
+        assert (await hq.ask("a", str(asked), {"x": x})).arrays["x"][-1] == asked
+    await hq.ask("a", "with the new one")
+    old, new = (x509.load_pem_x509_certificate(one) for one in (first, pem(home)))
+    assert new.not_valid_after_utc > old.not_valid_after_utc and new.public_key() == old.public_key()
+    assert hq.connected == ["a", "a"] and set(hq.states["a"]) == {"connected", "disconnected"}
+    assert good(hq, pem(home)) and not good(hq, first)
+    assert not list(home.folder.glob("*.new"))
+
+
+async def test_a_renewal_does_not_disturb_what_is_under_way(headquarters: Any) -> None:
+    begun, go_on, asked, force = threading.Event(), threading.Event(), [], asyncio.Event()
+
+    def slow(message: Message, progress: Any) -> Message:
+        asked.append(message.meta["id"])
+        begun.set()
+        assert go_on.wait(20)
+        return Message("echo", {"re": message.meta["id"]}, message.arrays)
+
+    async def renew(channel: Any) -> bool:
+        if not force.is_set():
+            return False
+        force.clear()
+        return await home.renew(lambda request: on_channel(channel, "Renew", request), force=True)
+
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    hq.up_site(home, slow, renew=renew)
+    await hq.up("a")
+    asking = asyncio.create_task(hq.ask("a", "1", {"x": np.arange(500_000)}))
+    await hq.until(begun.is_set)
+    before = pem(home)
+    force.set()
+    await hq.until(lambda: len(hq.connected) == 2)
+    go_on.set()
+    assert (await asking).arrays["x"][-1] == 499_999
+    assert asked == ["1"] and pem(home) != before
+
+
+async def test_answers_that_are_lost_do_not_lock_the_site_out(headquarters: Any) -> None:
+    """The coordinator issues a certificate three times, and the site never hears of it."""
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    lost: list[Any] = []
+
+    async def renew(channel: Any) -> bool:
+        async def call(request: Any) -> Any:
+            answer = await on_channel(channel, "Renew", request)
+            if len(lost) < 3:
+                lost.append(answer)
+                raise TransportError("transport.unreachable", "the answer was lost")
+            return answer
+
+        return await home.renew(call, force=len(hq.connected) == 1)
+
+    first = pem(home)
+    site = hq.up_site(home, renew=renew)
+    await hq.until(lambda: len(hq.connected) == 2 or site.done())
+    assert not site.done() and len(lost) == 3 and pem(home) != first
+    assert (await hq.ask("a", "1")).meta["re"] == "1"
+    assert not good(hq, first) and not any(good(hq, answer["certificate"].encode()) for answer in lost)
+
+
+async def test_the_old_certificate_is_good_until_the_new_one_is_used(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    first = pem(home)
+    for _ in range(3):
+        answer = hq.home.renew(hq.store, "a", {"csr": pki.make_csr(pki.new_key(), "a").decode()})
+        assert good(hq, first)
+    newest = answer["certificate"].encode()
+    assert good(hq, newest) and not good(hq, first) and good(hq, newest)
+
+
+async def test_a_renewal_that_fails_does_not_end_the_site(headquarters: Any) -> None:
+    """The coordinator does not answer for a while, or answers nonsense."""
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    answers = [TransportError("transport.unreachable", "away"), {}, {"certificate": "nonsense"}, {"certificate": None}]
+
+    async def renew(channel: Any) -> bool:
+        async def call(request: Any) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return bool(answers) and await home.renew(call, force=True)
+
+    first = pem(home)
+    site = hq.up_site(home, renew=renew)
+    await hq.until(lambda: not answers or site.done())
+    await hq.up("a")
+    assert pem(home) == first and not site.done()
+    assert (await hq.ask("a", "1")).meta["re"] == "1"
+
+
+async def test_a_site_renews_its_own_certificate_only(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    await hq.enrol("b")
+    for csr in (pki.make_csr(pki.new_key(), "b").decode(), "nonsense", None, 7):
+        with pytest.raises(IntegrityError) as error:
+            await call_unary(home.config.address, home.ca_pem, home.pair(), "Renew", {"csr": csr, "site": "b"})
+        assert error.value.code == "csr.wrong"
+    assert good(hq, pem(home))
+
+
+async def test_an_expired_certificate_says_so_at_the_site(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    request = pki.make_csr(pki.load_key((home.folder / "tls.key").read_bytes()), "a")
+    (home.folder / "tls.pem").write_bytes(hq.ca.issue_site(request, "a", dt.timedelta(hours=-1)))
+    with pytest.raises(IntegrityError) as error:
+        await hq.up_site(home)
+    assert error.value.code == "certificate.expired" and error.value.remedy
+    assert not hq.connected
+
+
+async def test_enrolling_again_voids_what_was_before(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    old = await hq.enrol("a")
+    hq.home.renew(hq.store, "a", {"csr": pki.make_csr(pki.new_key(), "a").decode()})
+    older = hq.up_site(old)
+    await hq.up("a")
+    token = hq.invite("a")
+    assert good(hq, pem(old))  # an invitation alone changes nothing
+    new = await SiteHome.create(hq.folder / "anew", token, {})
+    assert new.identity.public != old.identity.public
+    assert good(hq, pem(new)) and not good(hq, pem(old))
+    newer = hq.up_site(new)
+    with pytest.raises(IntegrityError) as error:  # its connection is the newer one's, and there is no way back
+        await asyncio.wait_for(older, 20)
+    assert error.value.code in ("site.elsewhere", "certificate.revoked")
+    with pytest.raises(IntegrityError) as error:
+        await asyncio.wait_for(hq.up_site(old), 20)
+    assert error.value.code == "certificate.revoked"
+    assert not newer.done() and (await hq.ask("a", "1")).meta["re"] == "1"
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_a_coordinator_whose_clock_is_an_hour_off(headquarters: Any, hours: int) -> None:
+    hq = await headquarters(skew=dt.timedelta(hours=hours)).listen()
+    home = await hq.enrol("a")
+    hq.up_site(home)
+    await hq.up("a")
+    assert (await hq.ask("a", "1")).meta["re"] == "1"
+    first = pem(home)
+    assert await home.renew(
+        lambda request: call_unary(home.config.address, home.ca_pem, home.pair(), "Renew", request), force=True
+    )
+    assert pem(home) != first
+    hq.transport.disconnect("a")
+    await hq.until(lambda: len(hq.connected) == 2)
+    assert (await hq.ask("a", "2")).meta["re"] == "2"
+    assert not await home.renew(None)
+
+
+# ---------------------------------------------------------------- with the whole server
+
+
+async def test_revoking_closes_the_connection_and_keeps_it_closed(headquarters: Any, tmp_path: Path) -> None:
+    """`atoll coordinator revoke` in another process, while coordinator and site are up."""
+    hq = headquarters()
+    (hq.home.folder / "listening.json").unlink(missing_ok=True)
+    events: list[dict[str, Any]] = []
+    server = asyncio.create_task(CoordinatorServer(hq.home, events.append).serve())
+    await hq.until(lambda: (hq.home.folder / "listening.json").exists() or server.done())
+    homes = {name: await hq.enrol(name) for name in ("a", "b")}
+    states: dict[str, list[str]] = {name: [] for name in homes}
+    sites = {name: asyncio.create_task(serve_site(home, states[name].append)) for name, home in homes.items()}
+    await hq.until(lambda: all(row["seen"] for row in hq.store.sites().values()) and all(states.values()))
+    hq.store.revoke("a")
+    with pytest.raises(IntegrityError) as error:
+        await asyncio.wait_for(sites["a"], 20)
+    assert error.value.code == "certificate.revoked" and "invitation" in error.value.remedy
+    with pytest.raises(IntegrityError) as error:  # nor at the next start
+        await asyncio.wait_for(serve_site(homes["a"], print), 20)
+    assert error.value.code == "certificate.revoked"
+    assert not sites["b"].done() and states["b"] == ["connected"]
+    again = await SiteHome.create(tmp_path / "again", hq.invite("a"), {})
+    back = asyncio.create_task(serve_site(again, states["a"].append))
+    await hq.until(lambda: states["a"].count("connected") == 2 or back.done())
+    for task in (sites["b"], back, server):
+        assert not task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_certificate_is_not_replaced_by_nonsense(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    before = pem(home)
+
+    async def nonsense(request: Any) -> Any:
+        return {"certificate": "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"}
+
+    with pytest.raises(ProtocolError):
+        await home.renew(nonsense, force=True)
+    assert pem(home) == before
