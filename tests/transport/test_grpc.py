@@ -170,6 +170,45 @@ async def test_malformed_frames_end_the_connection_and_nothing_else(net: Any, fr
     await net.ask("good", "1")
 
 
+@pytest.mark.parametrize("breaks", [True, False], ids=["broke the protocol", "is merely stuck"])
+async def test_a_site_whose_old_stream_is_stuck_comes_back(net: Any, breaks: bool) -> None:
+    """It does not read any more, so that the coordinator's last word does not get through."""
+    await net.start()
+    async with by_hand(net, "a") as stuck:
+        await stuck.call.write(HELLO)
+        asking = asyncio.create_task(net.ask("a", "1", {"x": np.zeros(5_000_000)}))
+        await net.until(lambda: "a" in net.connected)
+        if breaks:
+            await stuck.call.write(b"nonsense")
+        net.join("a")
+        assert len((await asking).arrays["x"]) == 5_000_000
+        assert net.connected == ["a", "a"]
+
+
+async def test_a_refusal_that_is_not_the_coordinators(net: Any) -> None:
+    """Something between, such as a proxy, refuses: that is no verdict on the site, which tries again."""
+    server = grpc.aio.server()
+
+    async def refuse(request: Any, context: Any) -> None:
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "go away")
+
+    methods = {
+        "Connect": grpc.stream_stream_rpc_method_handler(refuse),
+        "Enrol": grpc.unary_unary_rpc_method_handler(refuse),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+    credentials = grpc.ssl_server_credentials([net.ca.issue_server(["127.0.0.1"])])
+    net.address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
+    await server.start()
+    with pytest.raises(TransportError) as error:
+        await call_unary(net.address, net.ca.pem, None, "Enrol", {})
+    assert error.value.code == "transport.unreachable"
+    site = net.join("a")
+    await net.until(lambda: len(net.states["a"]) >= 2 or site.done())
+    assert not site.done()
+    await server.stop(0)
+
+
 async def test_a_stream_that_ends_before_its_hello(net: Any) -> None:
     await net.start()
     async with by_hand(net, "a") as hand:

@@ -106,9 +106,13 @@ class Wire:
         self.ends[1 - side].take(self.queues[side].popleft())
         return True
 
+    def step(self) -> bool:
+        """Each end writes a frame and takes one, if there is any."""
+        return any([self.deliver(0), self.deliver(1), self.write(0), self.write(1)])
+
     def drain(self) -> None:
         """Everything arrives that can."""
-        while any([self.deliver(0), self.deliver(1), self.write(0), self.write(1)]):
+        while self.step():
             pass
 
 
@@ -128,13 +132,11 @@ SIDES = st.integers(0, 1)
 def scripts(chunk: int) -> st.SearchStrategy[list[tuple[str, int, int]]]:
     """What may happen: messages of sizes around the chunk's, frames going on, cuts at any frame."""
     near = st.builds(lambda times, off: max(0, times * chunk + off), st.integers(0, 5), st.integers(-150, 9))
-    steps = (
-        st.tuples(st.just("send"), SIDES, near | st.integers(0, 6 * chunk)),
-        st.tuples(st.just("write"), SIDES, st.integers(1, 6)),
-        st.tuples(st.just("deliver"), SIDES, st.integers(1, 6)),
-        st.tuples(st.just("cut"), SIDES, st.just(0)),
-    )
-    return st.lists(st.one_of(steps[0], steps[1], steps[2], steps[1], steps[2], steps[3]), max_size=40)
+    send = st.tuples(st.just("send"), SIDES, near | st.integers(0, 6 * chunk))
+    go = st.tuples(st.just("go"), SIDES, st.integers(1, 9))
+    part = st.tuples(st.sampled_from(["write", "deliver"]), SIDES, st.integers(1, 6))
+    cut = st.tuples(st.just("cut"), SIDES, st.just(0))
+    return st.lists(st.one_of(send, go, part, cut), min_size=4, max_size=40)
 
 
 async def play(script: list[tuple[str, int, int]]) -> Wire:
@@ -146,6 +148,9 @@ async def play(script: list[tuple[str, int, int]]) -> Wire:
             sent[side].append(made)
         elif what == "cut":
             wire.connect()
+        elif what == "go":
+            for _ in range(size):
+                wire.step()
         else:
             for _ in range(size):
                 (wire.write if what == "write" else wire.deliver)(side)
@@ -187,7 +192,7 @@ def test_a_cut_at_every_single_frame() -> None:
         steps = 0
         for cut in (first, second):
             for _ in range(cut):
-                steps += any([wire.deliver(0), wire.deliver(1), wire.write(0), wire.write(1)])
+                steps += wire.step()
             wire.connect()
         wire.drain()
         right(wire.ends[1], [sent])

@@ -128,7 +128,9 @@ class IntegrityError(AtollError):
 
 def _printable(value: Any) -> str:
     """Another party's text, fit for a terminal and a log: short, and without control characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value or "")[:500])
+    return "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in ("" if value is None else str(value)[:500])
+    )
 
 
 def refuse_all(kind: type[AtollError], code: str, problems: list[AtollError]) -> None:

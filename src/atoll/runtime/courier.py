@@ -36,10 +36,8 @@ class Courier:
         """Open the run at a site, which may ask its operator first."""
         meta: dict[str, Json] = {"id": f"{self._run}/open/{site}", "run": self._run}
         meta |= {"plan": self._plan.to_json(), "roster": self._roster}
-        patience = self._plan.run.deadline_s
-        return await self._transport.request(
-            site, Message("open", meta), patience, expect("opened", site=site, step="open", trace=self._run), progress
-        )
+        check = expect("opened", site=site, step="open", trace=self._run)
+        return await self._transport.request(site, Message("open", meta), self._plan.run.deadline_s, check, progress)
 
     async def ask(self, asked: Round, number: int, exchange: Exchange, site: str) -> Incoming:
         """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
@@ -70,9 +68,8 @@ class Courier:
         meta: dict[str, Json] = {"id": f"{self._run}/close/{site}", "run": self._run, "status": status}
         meta |= {"error": error, "receipts": self._owed.get(site, [])}
         patience = min(self._plan.run.deadline_s, 10.0)
-        await self._transport.request(
-            site, Message("close", meta), patience, expect("closed", site=site, step="close", trace=self._run)
-        )
+        check = expect("closed", site=site, step="close", trace=self._run)
+        await self._transport.request(site, Message("close", meta), patience, check)
 
 
 class Flights:
