@@ -15,7 +15,7 @@ from atoll.contract.wire import parse_json, to_json
 
 SECRET = "patient 4711 earns 93500"
 KINDS = AtollError.__subclasses__()
-TEXT = st.text(max_size=20)
+TEXT = st.text(max_size=20).filter(str.isprintable)
 
 
 def test_the_documented_tree_is_the_real_one() -> None:
@@ -61,6 +61,15 @@ def test_an_error_survives_the_journey(error: AtollError) -> None:
     assert type(back) is type(error)
     assert back.where == {"site": "north", "round": 3}
     assert SECRET not in str(back)
+
+
+def test_another_partys_text_cannot_steer_a_terminal() -> None:
+    back = AtollError.from_public({"code": "a\x1b[2Jb", "remedy": "x\ny", "site": "s\r", "round": 0}, step="here")
+    assert str(back).isprintable() and back.where == {
+        "site": "s\N{REPLACEMENT CHARACTER}",
+        "round": "0",
+        "step": "here",
+    }
 
 
 def test_long_lists_are_cut() -> None:

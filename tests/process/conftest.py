@@ -353,16 +353,16 @@ class Federation:
         assert "intact" in self.atoll("ledger", "verify", *files.values()).stdout
         return {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in files.items()}
 
-    def check_once(self, run: str, rounds: int, sites: Sequence[str] = SITES) -> None:
+    def check_once(self, run: str, rounds: int, ledgers: Mapping[str, list[dict[str, Any]]] | None = None) -> None:
         """Ledgers hold together, and every site released every round's reply exactly once, and has its receipt."""
-        ledgers = self.ledgers()
+        ledgers = ledgers or self.ledgers()
         acknowledged = Counter(
             (leaf["site"], entry["body"]["round"])
             for entry in ledgers["coordinator"]
             if entry["kind"] == "received" and entry["body"]["run"] == run
             for leaf in entry["leaves"]
         )
-        for site in sites:
+        for site in SITES:
             released = Counter(
                 (entry["body"]["round"], entry["body"]["step"])
                 for entry in ledgers[site]

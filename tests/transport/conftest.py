@@ -49,7 +49,7 @@ class Net:
     """A coordinator on loopback, and the sites that the tests let join."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.host = folder, "127.0.0.1"
         self.ca = pki.CertificateAuthority.create("test")
         self.refused: set[str] = set()
         self.connected: list[str] = []
@@ -78,7 +78,7 @@ class Net:
             spool_dir=self.folder if spool else None,
         )  # fmt: skip
         self.port, self.enrol_port = await self.transport.start(
-            "127.0.0.1", 0, 0, self.ca.pem, server_pair or (lambda: own)
+            self.host, 0, 0, self.ca.pem, server_pair or (lambda: own)
         )
         self.address = f"127.0.0.1:{self.port}"
         return self

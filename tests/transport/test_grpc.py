@@ -185,12 +185,13 @@ async def test_a_site_whose_old_stream_is_stuck_comes_back(net: Any, breaks: boo
         assert net.connected == ["a", "a"]
 
 
-async def test_a_refusal_that_is_not_the_coordinators(net: Any) -> None:
+@pytest.mark.parametrize("words", ["go away", '{"error": "forbidden"}', "{", "7"])
+async def test_a_refusal_that_is_not_the_coordinators(net: Any, words: str) -> None:
     """Something between, such as a proxy, refuses: that is no verdict on the site, which tries again."""
     server = grpc.aio.server()
 
     async def refuse(request: Any, context: Any) -> None:
-        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "go away")
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, words)
 
     methods = {
         "Connect": grpc.stream_stream_rpc_method_handler(refuse),

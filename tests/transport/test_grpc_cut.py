@@ -70,6 +70,37 @@ async def test_transfers_both_ways_survive_many_cuts(net: Any, proxies: Any) -> 
     assert proxy.sent + proxy.received < 2 * LARGE.nbytes + 8 * UNDER_WAY_BYTES
 
 
+async def test_anything_may_be_cut_at_any_time(net: Any, proxies: Any) -> None:
+    """Small and large requests, some repeated under their names, and a cut every few hundred kilobytes."""
+    sizes = [0, 10, 50_000, CHUNK_BYTES // 8 - 100, CHUNK_BYTES // 8 + 100, 400_000]
+
+    def double(message: Message, progress: Any) -> Message:
+        progress({"done": 1})
+        return Message("echo", {"re": message.meta["id"]}, {"x": message.arrays["x"] * 2})
+
+    await net.start()
+    proxy = await proxies(net.address)
+    net.join("a", double, address=proxy.address, retry_s=0.02)
+    await net.up("a")
+    bytes_between = iter(np.random.default_rng(4).integers(1, 900_000, 30).tolist())
+
+    def cut_again() -> None:
+        if proxy.cut_after is None and (after := next(bytes_between, None)) is not None:
+            counter = "sent" if after % 2 else "received"
+            proxy.cut_after = (counter, getattr(proxy, counter) + after)
+
+    async def worker(number: int) -> None:
+        for turn in range(20):
+            name = f"{number}/{turn % 6}"
+            x = np.random.default_rng([number, turn % 6]).standard_normal(sizes[(number + turn) % 6])
+            cut_again()
+            assert (await net.ask("a", name, {"x": x})).arrays["x"].tobytes() == (x * 2).tobytes()
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(worker(number) for number in range(8)))
+    assert len(net.connected) > 10
+
+
 async def test_a_message_that_is_computed_while_the_connection_is_away_arrives(net: Any, proxies: Any) -> None:
     import threading
 

@@ -7,6 +7,7 @@ import base64
 import datetime as dt
 import hashlib
 import json
+import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,20 @@ async def test_a_coordinator_under_another_name(headquarters: Any, tmp_path: Pat
     by_number = changed(token, lambda body: body.update(address=f"127.0.0.1:{hq.enrol_port}"))
     await is_refused(tmp_path / "a", by_number, "tls.wrong-name")
     await SiteHome.create(tmp_path / "a", token, {})
+
+
+async def test_a_coordinator_with_an_ipv6_address(headquarters: Any) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    hq = headquarters(host="::1")
+    hq.host = "::1"
+    await hq.listen()
+    home = await hq.enrol("a")
+    assert home.config.address == f"[::1]:{hq.port}"
+    hq.up_site(home)
+    await hq.up("a")
 
 
 @pytest.mark.slow

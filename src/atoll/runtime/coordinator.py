@@ -67,7 +67,7 @@ class Coordinator:
             await driver.end("failed", str(failure), failure)
             raise failure from error
         driver.save(outcome)
-        await driver.end("finished", "", None)
+        await driver.end("finished", driver.note(), None)
         return outcome
 
     async def tell_ended(self, site: str) -> None:
@@ -97,6 +97,7 @@ class _Run:
         self.courier.owe(last)
         self.flights = Flights(self.courier)
         self.absent: dict[str, int] = {}
+        self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
         self.began = time.monotonic()
 
@@ -203,12 +204,18 @@ class _Run:
         asked_sites = self.sites if asked.sites is None else asked.sites
         return tuple(site for site in asked_sites if site not in self.absent)
 
+    def note(self) -> str:
+        """Who dropped out, and why: what the operator reads while the run goes on, and after it."""
+        return "\n".join(f"{site} dropped out: {why}" for site, why in self.dropouts.items())
+
     def dropped(self, site: str, error: AtollError) -> None:
         """A site dropped out: end the run if its rule says so, else go on without it."""
         rule = self.plan.cohort
         self.tell(dropout=site, reason=str(error))
         if rule.on_dropout == "fail":
             raise error
+        self.dropouts[site] = str(error)
+        self.owner.store.set_status(self.run, "running", self.note())
         self.absent[site] = self.owner.transport.sites().get(site, -1)
         left = len(self.sites) - len(self.absent)
         if left < rule.min_sites:

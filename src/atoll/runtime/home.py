@@ -29,7 +29,7 @@ from atoll.data.table import Table
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.store import RunStore
-from atoll.transport.grpc import call_unary
+from atoll.transport.grpc import call_unary, join_address
 
 POLICY_TEMPLATE = """\
 # What this site lets happen to its data. The site enforces it; the coordinator cannot lift it.
@@ -127,7 +127,7 @@ class CoordinatorHome:
 
     def invite(self, store: RunStore, site: str, lifetime: dt.timedelta) -> pki.JoinToken:
         """A one-time token for *site*; any earlier one of the site is void."""
-        address = f"{self.config.address or self.config.host}:{self.listening()[1]}"
+        address = join_address(self.config.address or self.config.host, self.listening()[1])
         token = pki.JoinToken.create(site, address, self.ca, lifetime)
         store.invite(site, pki.secret_hash(token.secret), token.expires)
         return token

@@ -47,7 +47,6 @@ class CoordinatorServer:
         self._coordinator = Coordinator(self._transport, store, ledger, on_event=on_event)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
-        self._dropouts: dict[str, dict[str, str]] = {}
         self._cancelled: set[str] = set()
 
     def _connected(self, site: str) -> None:

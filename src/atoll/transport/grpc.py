@@ -47,6 +47,11 @@ Renew = Callable[[grpc.aio.Channel], Awaitable[bool]]
 """Renews a site's certificate over a channel if it is time; True if it was."""
 
 
+def join_address(host: str, port: int) -> str:
+    """host:port, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 async def _until_either(*work: Awaitable[None]) -> None:
     """Run all until the first ends, cancel the others, and raise what the first raised."""
     tasks = [asyncio.ensure_future(one) for one in work]
@@ -101,6 +106,12 @@ class _SiteLink:
         self.link = Link(self, spool_dir)
         self.connection: _Connection | None = None
         self._traffic = traffic
+
+    def ended(self, connection: _Connection) -> None:
+        """A connection is over; if it was the newest, the site is away."""
+        connection.gone.set()
+        if self.connection is connection:
+            self.connection = None
 
     def accept(self, head: Head) -> None:
         waiting = self.pending.get(frame_id(str(head.meta.get("re"))))
@@ -178,7 +189,7 @@ class GrpcTransport:
                 configuration(), configuration, require_client_authentication=mutual
             )
             try:
-                bound = server.add_secure_port(f"{host}:{wanted}", credentials)
+                bound = server.add_secure_port(join_address(host, wanted), credentials)
             except RuntimeError:
                 bound = 0
             if not bound:
@@ -242,19 +253,16 @@ class GrpcTransport:
                 previous.leave(why)
                 await previous.gone.wait()
             await _until_either(self._talk(site, end.link, requests, context), connection.left())
-        except ProtocolError as error:
+        except (ProtocolError, IntegrityError) as error:
             log.warning("site %s: %s", site, error)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, to_json(error.public()).decode())
-        except IntegrityError as error:
-            log.warning("site %s: %s", site, error)
-            connection.gone.set()
-            await context.abort(grpc.StatusCode.PERMISSION_DENIED, to_json(error.public()).decode())
+            ours = isinstance(error, IntegrityError)
+            status = grpc.StatusCode.PERMISSION_DENIED if ours else grpc.StatusCode.INVALID_ARGUMENT
+            end.ended(connection)  # at once: a site that does not read would never be told
+            await context.abort(status, to_json(error.public()).decode())
         except (StopAsyncIteration, grpc.aio.AbortError, grpc.aio.UsageError, grpc.aio.InternalError):
             pass
         finally:
-            connection.gone.set()
-            if end.connection is connection:
-                end.connection = None
+            end.ended(connection)
 
     async def _talk(self, site: str, link: Link, requests: AsyncIterator[bytes], context: Any) -> None:
         await context.write(link.hello([]))
@@ -433,10 +441,14 @@ def _channel(address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None) -> g
 
 def _raise_refusal(error: grpc.aio.AioRpcError) -> None:
     """Raise the AtollError the coordinator refused us with, if that is what it is."""
-    if error.code() == grpc.StatusCode.PERMISSION_DENIED:
-        record = parse_json((error.details() or "").encode())
-        raise AtollError.from_public(record if isinstance(record, dict) else {})
     details = error.details() or ""
+    if error.code() == grpc.StatusCode.PERMISSION_DENIED:
+        try:
+            record = parse_json(details.encode())
+        except ProtocolError:  # of something between us, such as a proxy
+            record = None
+        if isinstance(record, dict) and "code" in record:
+            raise AtollError.from_public(record)
     if "certificate has expired" in details or "certificate is not yet valid" in details:
         raise IntegrityError(
             "tls.clock", "the coordinator's certificate is not valid at this time", remedy="check the clocks of both"
