@@ -321,7 +321,7 @@ def test_full_disk_at_a_site(federation: Any) -> None:
     cohort = {"sites": ["alpha", "beta", "full"]}
     run = federation.submit("full-disk", cohort=cohort, params={"rounds": 2000})
     note = federation.await_status(run, "failed")["note"]
-    assert all(part in note for part in ("site full", "round ", "step train", "ledger.not-written"))
+    assert all(part in note for part in ("site full", "round ", "train: ledger.not-written"))
     assert "free disk space at the site" in note and f"[trace {run}]" in note, note
     assert "the journal cannot be written, so nothing leaves the site" in party.text()
     assert party.running(), "it must stay, to be mended"

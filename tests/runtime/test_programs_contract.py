@@ -55,6 +55,9 @@ INSTALLED = sorted(name for name, cls in REGISTRY.items() if cls.__module__.star
 every_example = pytest.mark.parametrize(
     ("name", "params", "start"), EXAMPLES, ids=[f"{i}-{name}" for i, (name, _, _) in enumerate(EXAMPLES)]
 )
+every_study = pytest.mark.parametrize(
+    ("name", "params"), [(n, p) for n, p, start in EXAMPLES if start is None]
+)  # programs that score a given model run only inside a study: the learners', whose models they score
 every_program = pytest.mark.parametrize("name", INSTALLED)
 
 
@@ -224,24 +227,16 @@ def delayed(order: list[str]) -> Callable[[str, Endpoint], Endpoint]:
     return wrap
 
 
-@every_example
-def test_the_order_of_arrival_does_not_change_a_bit(
-    federation: Any, name: str, params: dict[str, Any], start: Any
-) -> None:
-    if start is not None:
-        pytest.skip("runs only inside a study: covered by the learners, whose models it scores")
+@every_study
+def test_the_order_of_arrival_does_not_change_a_bit(federation: Any, name: str, params: dict[str, Any]) -> None:
     tables = tables_of(federation)
     plan = federation.plan(name, params, tables, run={"holdout": 0.4, "seed": 5})
     outcomes = [federation.run(plan, tables, wrap=delayed(order)) for order in (list(tables), [*tables][::-1])]
     assert fingerprint(outcomes[0]) == fingerprint(outcomes[1])
 
 
-@every_example
-def test_nothing_is_clipped_on_data_that_keeps_the_schema(
-    federation: Any, name: str, params: dict[str, Any], start: Any
-) -> None:
-    if start is not None:
-        pytest.skip("runs only inside a study: covered by the learners, whose models it scores")
+@every_study
+def test_nothing_is_clipped_on_data_that_keeps_the_schema(federation: Any, name: str, params: dict[str, Any]) -> None:
     tables = tables_of(federation)
     federation.run(federation.plan(name, params, tables, run={"holdout": 0.4, "seed": 5}), tables)
     assert federation.releases()

@@ -73,8 +73,7 @@ def check(
         table = read_source(validate(SourceSpec, read_yaml(source, "source"), "source"), plan.table, source.parent)
     else:
         site = SiteHome(home)
-        site.policy.check_plan(plan, plan.cohort.min_sites)
-        site.policy.check_program(plan.program, check_plan(plan).version)
+        site.policy.check_plan(plan, plan.cohort.min_sites, check_plan(plan).version)
         table = site.data(plan)
     if machine:
         show.as_json({"plan": plan.name, "plan_hash": plan.hash, "rows": len(table), "ok": True})

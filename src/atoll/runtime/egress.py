@@ -54,7 +54,7 @@ class EgressGate:
         asked: Request,
         reply: Mapping[str, Any],
         protection: Protection,
-        state: Mapping[str, Array],
+        state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
     ) -> Message:
         """The release message for a handler's *reply*, durably recorded together with *state*

@@ -19,6 +19,9 @@ from atoll.contract.errors import IntegrityError
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
 
+OPEN = ("pending", "approved", "running")
+"""Statuses of a run that is neither closed nor denied."""
+
 LARGE_BYTES = 4 << 20
 _TABLES = """
 CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, line TEXT NOT NULL);
@@ -162,10 +165,10 @@ class Journal:
         program: str,
         body: Entry,
         arrays: dict[str, Array],
-        state: Mapping[str, Array],
+        state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
     ) -> Message:
-        """Ledger entry, release, state and receipts, in one transaction; returns the message that may now leave."""
+        """Ledger entry, release, state (None: as it was) and receipts, in one transaction; returns the message that may now leave."""
         seq = None
         try:
             with self.transaction():
@@ -175,7 +178,7 @@ class Journal:
                 seq = entry["seq"]
                 row = (seq, task, run, entry["hash"], self._keep(seq, message))
                 self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
-                if state:
+                if state is not None:
                     stored = encode_bytes(Message("state", {}, dict(state)))
                     self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
         except BaseException:
@@ -239,6 +242,17 @@ class Journal:
         """Change a run's status; *note* is for the site's own operator."""
         with self.transaction():
             self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
+
+    def advance(self, run: str, before: str, after: str) -> None:
+        """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""
+        with self.transaction():
+            self._db.execute("UPDATE run SET status = ? WHERE run = ? AND status = ?", (after, run, before))
+
+    def set_note(self, run: str, note: str) -> None:
+        """Tell the site's own operator something about a run, unless it was closed."""
+        with self.transaction():
+            marks = ", ".join("?" * len(OPEN))
+            self._db.execute(f"UPDATE run SET note = ? WHERE run = ? AND status IN ({marks})", (note, run, *OPEN))  # noqa: S608
 
     def run(self, run: str) -> tuple[str, dict[str, Json], str] | None:
         """(status, what was announced, note), or None if unknown."""

@@ -55,8 +55,9 @@ class Policy(BaseModel):
             roster="automatic",
         )  # fmt: skip
 
-    def check_plan(self, plan: Plan, num_sites: int) -> None:
-        """Raise PolicyError listing everything in *plan* that this policy forbids, for a cohort of *num_sites*."""
+    def check_plan(self, plan: Plan, num_sites: int, version: str | None = None) -> None:
+        """Raise PolicyError listing everything in *plan* that this policy forbids, for a cohort of *num_sites*
+        (and whether *version* of its program may run, where it is given)."""
         problems: list[AtollError] = []
         if not self._allows(self.purposes, plan.purpose):
             problems.append(_refused("policy.purpose", f"purpose {plan.purpose!r} is not allowed", "purposes"))
@@ -66,6 +67,11 @@ class Policy(BaseModel):
             )
         if num_sites < self.min_sites:
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
+        try:
+            if version is not None:
+                self.check_program(plan.program, version)
+        except PolicyError as error:
+            problems.append(error)
         refuse_all(PolicyError, "policy.refused", problems)
 
     def check_program(self, name: str, version: str) -> None:

@@ -31,7 +31,7 @@ from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
 from atoll.runtime.egress import EgressGate, Request
-from atoll.runtime.journal import Journal, Receipt
+from atoll.runtime.journal import OPEN, Journal, Receipt
 from atoll.runtime.policy import Policy
 from atoll.runtime.study import check_plan
 
@@ -116,9 +116,7 @@ class Site:
     def _note(self, run: str, text: str) -> None:
         """Best effort: the failure must be told even when the journal cannot be written."""
         try:
-            known = self._journal.run(run)
-            if known is not None:
-                self._journal.set_status(run, known[0], text)
+            self._journal.set_note(run, text)
         except AtollError as error:
             log.error("%s", error)
 
@@ -127,14 +125,6 @@ class Site:
     def _open(self, message: Message, progress: Progress) -> Message:
         run, plan = str(message.meta["run"]), Plan.from_json(message.meta["plan"])
         roster = {str(site): str(key) for site, key in message.meta["roster"].items()}
-        program = check_plan(plan)
-        self._policy.check_plan(plan, len(roster))
-        self._policy.check_program(program.name, program.version)
-        if roster.get(self.name) != self._journal.chain.public.hex():
-            raise IntegrityError(
-                "roster.not-me", "the roster holds another key under this site's name", field="roster",
-                remedy="tell the coordinator's operator: this site's identity was replaced",
-            )  # fmt: skip
         announced: dict[str, Json] = {
             "plan": plan.to_json(),
             "hash": plan.hash,
@@ -146,6 +136,12 @@ class Site:
             self._journal.open_run(run, "pending", announced)
         elif known[1] != announced:
             raise ProtocolError("run.changed", "the run was announced before with another plan or roster")
+        self._policy.check_plan(plan, len(roster), check_plan(plan).version)
+        if roster.get(self.name) != self._journal.chain.public.hex():
+            raise IntegrityError(
+                "roster.not-me", "the roster holds another key under this site's name", field="roster",
+                remedy="tell the coordinator's operator: this site's identity was replaced",
+            )  # fmt: skip
         self._await_approval(run, roster, progress)
         opened = self._opened(run)
         with self._lock(run):
@@ -156,7 +152,7 @@ class Site:
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
                  "protection": plan.protection, "roster": announced["roster_hash"]},
             )  # fmt: skip
-            self._journal.set_status(run, "running")
+            self._journal.advance(run, "approved", "running")
         return Message("opened", {"re": message.meta["id"], "rows": rows if "rows" in self._policy.share else None})
 
     def _await_approval(self, run: str, roster: Mapping[str, str], progress: Progress) -> None:
@@ -166,16 +162,18 @@ class Site:
             status = self._journal.status(run)
             if status in ("approved", "running"):
                 return
-            if status != "pending":
+            if status == "denied":
                 raise PolicyError(
                     "policy.denied", "the site's operator did not approve the study", field="approval",
                     remedy="talk to the site's operator",
                 )  # fmt: skip
+            if status != "pending":
+                _must_be_running(status)
             known = json.loads(self._journal.setting("roster") or "{}")
             roster_right = self._policy.roster == "automatic" or all(known.get(s) == k for s, k in roster.items())
             study_right = self._policy.approval == "automatic" or self._journal.setting(f"approved {run}") == "yes"
             if roster_right and study_right:
-                self._journal.set_status(run, "approved")
+                self._journal.advance(run, "pending", "approved")
             elif time.monotonic() - told > 1:
                 progress({"waiting": "approval of the study" if roster_right else "approval of the roster"})
                 told = time.monotonic()
@@ -228,7 +226,7 @@ class Site:
             task, program.name, str(meta["name"]), fields, handler.groups, handler.reduce, opened.hash, opened.roster
         )
         protection = find(plan.protection if handler.reduce == "sum" else "plain")
-        return self._gate.release(asked, reply, protection, state if changed else {}, receipts)
+        return self._gate.release(asked, reply, protection, state if changed else None, receipts)
 
     def _lock(self, run: str) -> threading.Lock:
         """Tasks of one run are answered one after another."""
@@ -265,11 +263,11 @@ class Site:
         meta, run = message.meta, str(message.meta["run"])
         self._journal.acknowledge(self._verified(meta["receipts"]))
         known = self._journal.run(run)
-        if known is not None and known[0] in ("pending", "approved", "running"):
-            status = str(meta["status"])[:40]
-            reason = AtollError.from_public(meta["error"]) if meta.get("error") else None
+        if known is not None and known[0] in OPEN:
+            status, own = str(meta["status"])[:40], known[2]
+            heard = str(AtollError.from_public(meta["error"])) if meta.get("error") else ""
             self._journal.record("closed", {"run": run, "status": status, "error": meta.get("error")})
-            self._journal.set_status(run, status, str(reason) if reason else known[2])
+            self._journal.set_status(run, status, "\n".join(filter(None, (own, heard))))
         with self._guard:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
