@@ -43,7 +43,7 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 def store(journal: Journal, task: str = "t", size: int = 3, **more: Any) -> Any:
     arrays = {"x": np.arange(float(size))}
-    return journal.store_release(task, RUN, "p", {"run": RUN, "task": task}, arrays, **{"state": {}, **more})
+    return journal.store_release(task, RUN, "p", {"run": RUN, "task": task}, arrays, **{"state": None, **more})
 
 
 def exported(journal: Journal) -> Verified:
@@ -103,6 +103,8 @@ def test_state_is_replaced_or_kept(journal: Journal) -> None:
     assert state(journal)["w"].tolist() == [1, 1]
     store(journal, "c", state={"v": np.zeros(1)})
     assert set(state(journal)) == {"v"}
+    store(journal, "d", state={})
+    assert state(journal) == {}
 
 
 def test_everything_survives_reopening(journal: Journal, tmp_path: Path) -> None:

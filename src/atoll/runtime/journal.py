@@ -168,7 +168,10 @@ class Journal:
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
     ) -> Message:
-        """Ledger entry, release, state (None: as it was) and receipts, in one transaction; returns the message that may now leave."""
+        """Ledger entry, release, state (None: as it was) and receipts, in one transaction.
+
+        Returns the message that may now leave.
+        """
         seq = None
         try:
             with self.transaction():
