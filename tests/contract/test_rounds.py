@@ -200,4 +200,15 @@ def test_results_are_mappings() -> None:
     assert gathered.sites == ("b", "a") and list(gathered) == ["b", "a"] and len(gathered) == 2
     assert gathered["a"]["x"] == 1
     task = Task(TaskId("r", 0, 0, "reply", "s"), {"w": np.ones(3)}, (0,))
-    assert task["w"].sum() == 3
+    assert task.take("w", (3,)).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "sent", [np.ones((1, 3)), np.ones((3, 1)), np.ones(2), np.ones(3, "<f4"), np.array([1, 2, np.nan])]
+)
+def test_a_handler_takes_exactly_what_it_names(sent: Any) -> None:
+    task = Task(TaskId("r", 0, 0, "reply", "s"), {"w": sent}, (0,))
+    for name in ("w", "v"):
+        with pytest.raises(ProtocolError) as caught:
+            task.take(name, (3,))
+        assert caught.value.code == "task.array" and caught.value.field == name

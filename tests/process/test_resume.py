@@ -18,13 +18,13 @@ def uninterrupted(shared_federation: Any) -> tuple[dict[str, Any], dict[str, np.
     """What the same plan gives when nothing happens."""
     run = shared_federation.submit()
     shared_federation.await_status(run, "finished")
-    return shared_federation.result(run)
+    return shared_federation.store.result(run)
 
 
 def check_same(federation: Any, run: str, uninterrupted: Any) -> None:
     """The run's model and metrics are bit-identical to the uninterrupted ones, and nothing was done twice."""
     federation.await_status(run, "finished")
-    (result, model), (expected, expected_model) = federation.result(run), uninterrupted
+    (result, model), (expected, expected_model) = federation.store.result(run), uninterrupted
     assert model.keys() == expected_model.keys()
     for name, array in expected_model.items():
         assert model[name].tobytes() == array.tobytes(), name
@@ -154,6 +154,8 @@ def test_too_few_are_left(federation: Any, wait_until: Any) -> None:
     federation.await_rounds(run, 30)
     federation.sites["gamma"].kill()
     federation.await_status(run, "failed")
+    for name in ("alpha", "beta"):
+        wait_until(lambda name=name: federation.site_row(name, run)[0] == "failed", f"the end at {name}")
     shown = [federation.status(run), federation.site_status("alpha", run), federation.site_status("beta", run)]
     for row in shown:
         note = row["note"]
@@ -172,7 +174,11 @@ def test_site_that_was_away_hears_the_end(federation: Any, wait_until: Any) -> N
     assert federation.site_row("gamma", run)[0] == "running"
     federation.sites["gamma"].start()
     wait_until(lambda: federation.site_row("gamma", run)[0] == "finished", "gamma hears how the run ended", 20)
-    assert federation.site_status("gamma", run)["unacknowledged"] <= 1
+    ledgers = federation.ledgers()
+    leaves = [leaf for e in ledgers["coordinator"] if e["kind"] == "received" for leaf in e["leaves"]]
+    acknowledged = {leaf["seq"] for leaf in leaves if leaf["site"] == "gamma"}
+    receipts = {entry["body"]["of"] for entry in ledgers["gamma"] if entry["kind"] == "receipt"}
+    assert receipts == acknowledged, "it was given every receipt it is due"
 
 
 @pytest.mark.slow
@@ -187,4 +193,4 @@ def test_coordinator_killed_while_it_tells_the_end(federation: Any, wait_until: 
         federation.sites["gamma"].signal(signal.SIGCONT)
     federation.start_coordinator()
     federation.await_status(run, "finished")
-    assert federation.result(run)[0]["metrics"]["federated"]["auc"] > 0.5
+    assert federation.store.result(run)[0]["metrics"]["federated"]["auc"] > 0.5

@@ -62,7 +62,11 @@ class Sums:
         CALLS.append(("step", site.name, task.id.round))
         calls = site.state.get("calls", np.zeros((), np.int64)) + 1
         site.state["calls"] = calls
-        return {"x": (np.sqrt(site.table["x"]) * task["value"]).sum(), "n": len(site.table), "calls": calls}
+        return {
+            "x": (np.sqrt(site.table["x"]) * float(task.take("value", ()))).sum(),
+            "n": len(site.table),
+            "calls": calls,
+        }
 
 
 @program("test.local.gather", needs={"gather"})
@@ -84,7 +88,7 @@ class Gathering:
     @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
         CALLS.append(("own", site.name, task.id.round))
-        return {"mean": site.table["x"].mean(), "extra": task["extra"]}
+        return {"mean": site.table["x"].mean(), "extra": task.take("extra", ())}
 
 
 @program("test.local.stream", needs={"stream"})
@@ -113,7 +117,7 @@ class Streaming:
     @handler("reply", reduce="stream")
     def reply(self, site: SiteView, task: Task) -> Reply:
         CALLS.append(("reply", site.name, task.id.round))
-        return {"x": site.table["x"].mean() / task["value"]}
+        return {"x": site.table["x"].mean() / float(task.take("value", ()))}
 
 
 @program("test.local.race", needs={"stream"})

@@ -98,7 +98,7 @@ def test_a_release_is_what_was_declared_and_is_written_down(journal: Journal) ->
     assert entry["body"] == {
         **TASK.to_json(), "program": "p", "handler": "moments", "reduce": "sum", "protection": "plain",
         "plan": "plan-hash", "roster": "roster-hash", "fields": [["x", "<f8", [2, 3]], ["n", "<i8", []]], "bytes": 56,
-        "clipped": 0, "digest": entry["body"]["digest"],
+        "clipped": 0, "digest": entry["body"]["digest"], "question": "",
     }  # fmt: skip
     _, kept, state = journal.begin(str(TASK), TASK.run, "p")
     assert kept is not None and np.array_equal(kept.arrays["x"], message.arrays["x"])

@@ -109,8 +109,8 @@ def test_a_result_is_what_was_saved(store: RunStore, open_store: Callable[[], Ru
     with pytest.raises(PlanError):
         store.result(run)
     result = {"mean": 1 / 3, "auc": float("nan"), "text": "ü\0", "nested": [{"a": None}]}
-    store.save_result(run, {"other": 1}, {"gone": np.zeros(1)})
-    store.save_result(run, result, {"w": np.arange(5.0), "b": np.array(2, "<i2")})
+    store.end_run(run, "finished", "", (), None, ({"other": 1}, {"gone": np.zeros(1)}))
+    store.end_run(run, "finished", "", (), None, (result, {"w": np.arange(5.0), "b": np.array(2, "<i2")}))
     got, arrays = open_store().result(run)
     assert math.isnan(got.pop("auc")) and got == {k: v for k, v in result.items() if k != "auc"}
     assert list(arrays) == ["w", "b"] and arrays["w"].tolist() == [0, 1, 2, 3, 4] and arrays["b"].dtype.str == "<i2"
@@ -178,10 +178,10 @@ def test_arrays_larger_than_a_part(store: RunStore, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(module, "PART_BYTES", 1000)
     run = store.create_run(PLAN, [])
     big = {"x": np.random.default_rng(0).standard_normal(5000), "y": np.arange(3), "e": np.zeros((0, 2))}
-    store.save_result(run, {}, big)
+    store.end_run(run, "finished", "", (), None, ({}, big))
     arrays = store.result(run)[1]
     assert all(np.array_equal(arrays[name], big[name]) for name in big)
-    store.save_result(run, {}, {"x": np.zeros(1)})  # fewer parts than before
+    store.end_run(run, "finished", "", (), None, ({}, {"x": np.zeros(1)}))  # fewer parts than before
     assert list(store.result(run)[1]) == ["x"]
 
 
@@ -189,7 +189,7 @@ def test_arrays_larger_than_a_part(store: RunStore, monkeypatch: pytest.MonkeyPa
 def test_a_hundred_mebibytes(store: RunStore) -> None:
     run = store.create_run(PLAN, [])
     big = np.random.default_rng(0).integers(0, 255, 100 << 20, "|u1")
-    store.save_result(run, {}, {"x": big})
+    store.end_run(run, "finished", "", (), None, ({}, {"x": big}))
     assert np.array_equal(store.result(run)[1]["x"], big)
 
 

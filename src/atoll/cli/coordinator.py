@@ -63,16 +63,20 @@ def up(
 
 
 def _tell(event: dict[str, Any]) -> None:
+    run = str(event.get("run", ""))[:8]
     if "listening" in event:
-        show.out.print(f"listening for sites on {event['listening']}, for enrolment on {event['enrolment']}")
+        text = f"listening for sites on {event['listening']}, for enrolment on {event['enrolment']}"
     elif "round" in event:
-        show.out.print(f"run {event['run'][:8]} round {event['round']} {event['name']}", style="dim")
+        text = f"run {run} round {event['round']} {event['name']}"
     elif "ended" in event:
-        show.out.print(f"run {event['run'][:8]} {event['ended']}")
+        text = f"run {run} {event['ended']}"
     elif "waiting" in event:
-        show.out.print(f"run {event['run'][:8]} awaits approval at {', '.join(event['waiting'])}")
+        text = f"run {run} awaits approval at {', '.join(event['waiting'])}"
     elif "dropout" in event:
-        show.out.print(f"run {event['run'][:8]}: {event['dropout']} dropped out ({event['reason']})")
+        text = f"run {run}: {event['dropout']} dropped out ({event['reason']})"
+    else:
+        return
+    show.say(text)
 
 
 @app.command()

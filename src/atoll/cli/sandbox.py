@@ -7,13 +7,16 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from atoll.cli import demo_data, show
-from atoll.contract.errors import AtollError, PlanError, refuse_all
+from atoll.contract.errors import AtollError, PlanError, SchemaError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import verify
+from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, read_source
+from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.report.html import write_report
 from atoll.runtime.catalogue import load_installed
@@ -57,12 +60,18 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
         problems.append(error)
     if sources and len(sources) < plan.cohort.min_sites:
         problems.append(_too_few(plan, len(sources)))
+    sound, labels = not problems, dict[str, set[float]]()
     for name, spec in sources.items():
         try:
-            found["sites"][name] = {"rows": len(read_source(spec, plan.table, base)), "ok": True}
+            table = read_source(spec, plan.table, base)
+            if sound:
+                labels[name] = _labels(plan, table)
+            found["sites"][name] = {"rows": len(table), "ok": True}
         except AtollError as error:
             found["sites"][name] = {"ok": False}
             problems.append(error.at(site=name))
+    if len(labels) == len(sources):
+        problems += _check_labels(plan, labels)
     found["problems"] = [{**error.public(), "where": error.where} for error in problems]
     if machine:
         show.as_json(found)
@@ -75,6 +84,31 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
         show.rows(("site", "rows", "table"), lines)
     refuse_all(PlanError, "check.blocked", problems)
     show.out.print("[green]nothing blocks this plan[/]")
+
+
+def _labels(plan: Plan, table: Table) -> set[float]:
+    """The values of the program's target, as far as the recipe yields it without statistics."""
+    ready = Prepared(plan.recipe).apply(table, {})
+    target = str(plan.params.get("target", ""))
+    if target not in ready.columns or not ready.schema.columns[target].numeric:
+        return set()
+    values = set(np.unique(ready[target][~np.isnan(ready[target])]).tolist())
+    if not values:
+        raise SchemaError(
+            "schema.no-labels", f"column {target!r}: every label is missing", field=target,
+            remedy="check the label column, or leave the site out",
+        )  # fmt: skip
+    return values
+
+
+def _check_labels(plan: Plan, labels: Mapping[str, set[float]]) -> list[AtollError]:
+    """A target with one value in the whole cohort teaches nothing."""
+    there = set[float]().union(*labels.values())
+    if len(there) != 1:
+        return []
+    target = str(plan.params["target"])
+    message = f"the target {target!r} has the same value in every row of the cohort"
+    return [SchemaError("schema.constant-label", message, field=target, remedy="choose another target, or more sites")]
 
 
 def _too_few(plan: Plan, there: int) -> PlanError:

@@ -34,9 +34,17 @@ def fail(error: AtollError, *, machine: bool) -> NoReturn:
     raise SystemExit(1)
 
 
+def say(text: str, *, style: str = "") -> None:
+    """Print another party's words: no markup of theirs, and nothing that steers the terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    out.print(shown, markup=False, style=style or None)
+
+
 def rows(columns: Sequence[str], lines: Sequence[Sequence[object]], title: str = "") -> None:
     """A table."""
-    table = Table(*columns, title=title or None, title_justify="left", header_style="bold")
+    table = Table(title=title or None, title_justify="left", header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")  # a fingerprint that is cut off cannot be compared
     for line in lines:
         table.add_row(*(escape(str(cell)) for cell in line))
     out.print(table)

@@ -18,7 +18,7 @@ from atoll.crypto.identity import fingerprint
 from atoll.data.sources import SourceSpec, read_source
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import SiteHome
-from atoll.runtime.journal import Journal
+from atoll.runtime.journal import OPEN, Journal
 from atoll.runtime.serve import serve_site, settle, until_ended
 from atoll.runtime.study import check_plan
 
@@ -98,17 +98,17 @@ def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
         show.out.print("nothing waits for approval")
     for run, opened in waiting:
         plan = Plan.from_json(opened["plan"])
-        show.out.print(f"[bold]{plan.name}[/]  run {run}")
-        show.out.print(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection}")
-        show.out.print(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
-        show.out.print(f"  sites {', '.join(opened['roster'])}")
-        show.out.print(f"  plan hash {opened['hash']}", style="dim")
-        show.out.print(f"  the whole plan: atoll site pending --json; then: atoll site approve {run[:8]}", style="dim")
+        show.say(f"{plan.name}  run {run}", style="bold")
+        show.say(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection}")
+        show.say(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
+        show.say(f"  sites {', '.join(opened['roster'])}")
+        show.say(f"  plan hash {opened['hash']}", style="dim")
+        show.say(f"  the whole plan: atoll site pending --json; then: atoll site approve {run[:8]}", style="dim")
 
 
 def _decide(home: Path, prefix: str, decision: str) -> None:
     journal = SiteHome(home).journal()
-    found = [run for run, status, _, _ in journal.runs() if run.startswith(prefix) and status in ("pending", "running")]
+    found = [run for run, status, _, _ in journal.runs() if run.startswith(prefix) and status in OPEN]
     if len(found) != 1:
         raise PlanError(
             "run.unknown", f"{len(found)} open runs begin with {prefix!r}", field="run", remedy="atoll site pending"

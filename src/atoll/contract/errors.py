@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 MAX_PARTS = 50
-MAX_DEPTH = 4
+MAX_DEPTH = 2
 """Of an error's parts, as far as another party is believed."""
 
 

@@ -21,7 +21,7 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import Options, read_yaml, validate
@@ -49,6 +49,13 @@ class CohortRule(_Part):
     sites: tuple[str, ...] = ()
     min_sites: int = Field(default=3, ge=1)
     on_dropout: Literal["continue", "fail"] = "continue"
+
+    @field_validator("sites")
+    @classmethod
+    def _each_once(cls, sites: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(sites)) != len(sites):
+            raise ValueError("a site is named twice")
+        return sites
 
 
 class RunSettings(_Part):

@@ -8,7 +8,9 @@
         def __init__(self, params): self.params = params
 
         def coordinate(self, cohort, start=None):        # generator: no I/O
-            total = yield Round("moments", Sum(), {"x": real(bound=300, step=1e-6), "n": count()})
+            rows = cohort.schema.max_rows                # bounds are for what one site sends: a sum
+            fields = {"x": real(bound=300 * rows, step=1e-6), "n": count(bound=rows)}
+            total = yield Round("moments", Sum(), fields)
             return {"mean": float(total["x"] / total["n"])}
 
         @handler("moments")
@@ -99,6 +101,7 @@ class Program(Protocol):
     name: str
     version: str
     capabilities: Capabilities
+    calls: frozenset[str]
     params: Any
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps: ...
@@ -146,12 +149,18 @@ def handler(
 
 
 def program(
-    name: str, *, version: str = "1", needs: set[str] | None = None, offers: set[str] | None = None
+    name: str,
+    *,
+    version: str = "1",
+    needs: set[str] | None = None,
+    offers: set[str] | None = None,
+    calls: set[str] | None = None,
 ) -> Callable[[C], C]:
     """Register a class as the program *name*.
 
     needs: reductions it yields ("sum", "gather", "stream") and anything else it requires of
     the protection; offers: what it guarantees ("bounded", "resolution", "bounded-weight").
+    calls: programs it runs by ``yield from``; sites answer no others within a study of it.
     """
 
     def register(cls: C) -> C:
@@ -169,7 +178,7 @@ def program(
 
         coordinate.__doc__ = inner.__doc__
         cls.coordinate = coordinate
-        cls.name, cls.version, cls.handlers = name, version, handlers
+        cls.name, cls.version, cls.handlers, cls.calls = name, version, handlers, frozenset(calls or ())
         cls.capabilities = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
         known = REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):

@@ -3,7 +3,7 @@
 A program's coordinator half is a generator. It yields a :class:`Round` and is sent
 the reduced result; it never sees a socket, a thread, a clock or a file:
 
-    total = yield Round("moments", Sum(), {"x": real(bound=300, step=1e-6), "n": count()})
+    total = yield Round("moments", Sum(), {"x": real(bound=300 * rows, step=1e-6), "n": count(bound=rows)})
     mean = total["x"] / total["n"]
 
 Also yielded: :class:`Metrics` (to be shown and stored) and :class:`Checkpoint`
@@ -12,6 +12,7 @@ Also yielded: :class:`Metrics` (to be shown and stored) and :class:`Checkpoint`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -40,6 +41,12 @@ class Field:
     step: float | None = None
     limit_bytes: int = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """Most bytes that this field may take."""
+        sizes = [size for size in self.shape if size is not None]
+        return self.limit_bytes if None in self.shape else math.prod(sizes) * int(self.dtype[2:])
+
     def check(self, name: str, spec: ArraySpec) -> None:
         """Raise ProtocolError unless *spec* is what this field declares. Reads no data."""
         if spec.dtype != self.dtype:
@@ -48,6 +55,29 @@ class Field:
         same = len(spec.shape) == len(self.shape) and spec.shape[open_ended:] == self.shape[open_ended:]
         if not same or (open_ended and spec.size_bytes > self.limit_bytes):
             raise ProtocolError("reply.shape", f"shape {spec.shape} instead of {self.shape}", field=name)
+
+    @staticmethod
+    def check_finite(name: str, values: Array, *, undefined: bool = False) -> None:
+        """Raise ProtocolError for infinity, or for NaN unless *undefined* values (a metric of no rows) may be told."""
+        finite = np.isfinite(values)
+        if not (finite | (np.isnan(values) if undefined else False)).all():
+            raise ProtocolError(
+                "reply.not-finite",
+                "a reply holds NaN or infinity",
+                field=name,
+                remedy="look for missing cells, a learning rate that is too high, or an overflow",
+            )
+
+    def check_values(self, name: str, values: Array, *, undefined: bool = False) -> None:
+        """As :meth:`check_finite`, and for elements beyond the bound (to the accuracy of float32)."""
+        self.check_finite(name, values, undefined=undefined)
+        if self.bound is not None and values.size and values.dtype.kind in "fi":
+            limit = self.bound * (1 + 1e-6)
+            if float(values.max()) > limit or float(values.min()) < -limit:
+                raise ProtocolError(
+                    "reply.bound", "a reply holds a value beyond its declared bound", field=name,
+                    remedy="the site does not keep the protocol: do not go on with it",
+                )  # fmt: skip
 
     def to_json(self) -> list[Json]:
         """As sent in a task, so that the site can check before anything leaves."""
@@ -254,8 +284,16 @@ class Task:
     arrays: Mapping[str, Array]
     seed: tuple[int, ...]
 
-    def __getitem__(self, name: str) -> Array:
-        return self.arrays[name]
+    def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """What was sent under *name*: finite float64 of exactly *shape*.
+
+        A handler takes nothing else: an array of another shape would be broadcast, and a sum over
+        rows become row by row. Raises ProtocolError.
+        """
+        array = self.arrays.get(name)
+        if array is None or array.dtype != np.float64 or array.shape != shape or not np.isfinite(array).all():
+            raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
+        return array
 
     def shuffler(self) -> np.random.Generator:
         """Randomness for shuffling rows: a function of (plan seed, site, round) alone, so that

@@ -44,12 +44,13 @@ class FedAvg:
     def __init__(self, params: Params) -> None:
         self.params = params
 
-    def _model(self, schema: TableSchema) -> LinearModel:
+    def model(self, schema: TableSchema) -> LinearModel:
+        """The model it fits, before any fitting; what evaluation is then asked about."""
         return LinearModel.zero(self.params.family, schema, self.params.features, self.params.target)
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "coefficients", "history": mean local loss by round}."""
-        model, p = self._model(cohort.schema), self.params
+        model, p = self.model(cohort.schema), self.params
         weights, history = (start["weights"], start["history"].tolist()) if start else (model.weights, [])
         state = {"weights": weights, "loss": np.zeros(())}
         fields = Update.fields(state, value_bound=p.clip, weight_bound=cohort.schema.max_rows, step=1e-9)
@@ -69,11 +70,12 @@ class FedAvg:
     @handler("train", groups=("weight",))
     def train(self, site: SiteView, task: Task) -> Reply:
         """At the site: ClientUpdate(k, w) of Algorithm 1, and the mean loss before it."""
-        p, model = self.params, self._model(site.table.schema)
+        p, model = self.params, self.model(site.table.schema)
+        sent = task.take("weights", model.weights.shape)
         if not len(site.table):
-            return Update.zero_like({"weights": task["weights"], "loss": np.zeros(())}).reply()
+            return Update.zero_like({"weights": sent, "loss": np.zeros(())}).reply()
         design, y = (np.concatenate(parts) for parts in zip(*xy(model, site.table), strict=True))
-        weights, shuffler = task["weights"].copy(), task.shuffler()
+        weights, shuffler = sent.copy(), task.shuffler()
         loss = model.loss(design @ weights, y).mean()
         for epoch in range(p.local_epochs):
             order = shuffler.permutation(len(y))
@@ -82,5 +84,5 @@ class FedAvg:
                 error = model.mean(design[batch] @ weights) - y[batch]
                 weights -= p.learning_rate * design[batch].T @ error / len(batch)
             site.progress(epoch + 1, p.local_epochs)
-        change = np.clip(weights - task["weights"], -p.clip, p.clip)
+        change = np.clip(weights - sent, -p.clip, p.clip)
         return Update.of({"weights": change, "loss": np.clip(loss, -p.clip, p.clip)}, len(y)).reply()

@@ -56,12 +56,13 @@ class Glm:
     def __init__(self, params: Params) -> None:
         self.params = params
 
-    def _model(self, schema: TableSchema) -> LinearModel:
+    def model(self, schema: TableSchema) -> LinearModel:
+        """The model it fits, before any fitting; what evaluation is then asked about."""
         return LinearModel.zero(self.params.family, schema, self.params.features, self.params.target)
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "table": one row per coefficient, "rows", "iterations", …}."""
-        model, rows = self._model(cohort.schema), cohort.schema.max_rows
+        model, rows = self.model(cohort.schema), cohort.schema.max_rows
         low, high = feature_bounds(cohort.schema, model.target)
         middle, half, reach = (low + high) / 2, (high - low) / 2, max(abs(low), abs(high), 1.0)
         fields = {
@@ -178,7 +179,7 @@ class Glm:
     @handler("labels", groups=("n",))
     def labels(self, site: SiteView, task: Task) -> Reply:
         """At the site: number of training rows, and Σ(y − m), Σ(y − m)² about the middle m of y's range."""
-        model = self._model(site.table.schema)
+        model = self.model(site.table.schema)
         y = site.table[model.target]
         if len(y) and np.isnan(y).all():
             raise SchemaError(
@@ -193,7 +194,8 @@ class Glm:
     @handler("newton", groups=("n",))
     def newton(self, site: SiteView, task: Task) -> Reply:
         """At the site: loss, gradient and upper triangle of the Hessian over training rows."""
-        model = self._model(site.table.schema).with_weights(task["weights"])
+        model = self.model(site.table.schema)
+        model = model.with_weights(task.take("weights", model.weights.shape))
         size = len(model.weights)
         loss, gradient, hessian = 0.0, np.zeros(size), np.zeros((size, size))
         done = 0

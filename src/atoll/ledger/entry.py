@@ -67,6 +67,14 @@ def leaf(site: str, seq: int, digest: str) -> bytes:
     return f"{digest} {seq} {site}".encode()
 
 
+def is_release(entry: Entry) -> bool:
+    """Whether *entry* has the form of a release entry, so that a ledger can refer to it."""
+    match entry:
+        case {"v": 1, "kind": "release", "seq": int(seq), "time": str(), "prev": str(), "body": dict()}:
+            return set(entry) == _PLAIN and type(seq) is int and type(entry["v"]) is int and seq >= 0
+    return False
+
+
 def signed_part(digest: str) -> bytes:
     """The bytes a signature covers."""
     return CONTEXT + bytes.fromhex(digest)

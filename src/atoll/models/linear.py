@@ -124,7 +124,7 @@ class LinearModel:
     def from_spec(spec: Mapping[str, Any], schema: TableSchema, arrays: Mapping[str, NDArray[Any]]) -> LinearModel:
         """Inverse of :meth:`spec` with its weights; raises PlanError when they do not fit the schema."""
         made = LinearModel.zero(spec["family"], schema, tuple(spec["features"]), str(spec["target"]))
-        if arrays["weights"].shape != made.weights.shape:
+        if "weights" not in arrays or arrays["weights"].shape != made.weights.shape:
             raise PlanError("model.shape", "the weights do not fit the model", field="weights")
         return made.with_weights(arrays["weights"])
 

@@ -13,6 +13,7 @@ from collections.abc import Generator, Mapping, Sequence
 import numpy as np
 
 from atoll.contract.capabilities import Capabilities
+from atoll.contract.errors import AtollError
 from atoll.contract.protection import Exchange, Replies, register
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
@@ -22,15 +23,20 @@ def add_up(replies: Replies, fields: Mapping[str, Field]) -> dict[str, Array]:
     """Σ over sites of every field, in cohort order, so that the bits do not depend on arrival.
 
     Counts add up in int64, reals in float64. Replies are read piecewise: memory is one
-    total and one piece, however many sites there are.
+    total and one piece, however many sites there are. Raises ProtocolError, naming the site, for
+    NaN, infinity and values beyond their bound.
     """
     totals: dict[str, Array] = {}
     for name, declared in fields.items():
         wide = np.int64 if np.dtype(declared.dtype).kind in "iu" else np.float64
         totals[name] = np.zeros([size or 0 for size in declared.shape], wide)
         flat = totals[name].reshape(-1)
-        for received in replies.values():
+        for site, received in replies.items():
             for offset, piece in received.pieces(name):
+                try:
+                    declared.check_values(name, piece)
+                except AtollError as error:
+                    raise error.at(site=site) from None
                 flat[offset : offset + piece.size] += piece
     return totals
 

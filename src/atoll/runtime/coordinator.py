@@ -8,8 +8,9 @@ reductions, in order, until it reaches the round that was open.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from atoll.contract.errors import AtollError, PlanError, ProtocolError, Transpor
 from atoll.contract.plan import Plan
 from atoll.contract.protection import Exchange, Replies, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
-from atoll.contract.wire import Json, Message
+from atoll.contract.wire import Array, Json, Message
 from atoll.runtime.courier import Courier, Flights, all_of
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import summarise
@@ -66,8 +67,7 @@ class Coordinator:
             failure = ProtocolError("coordinator.internal", f"{type(error).__name__} in the coordinator").at(trace=run)
             await driver.end("failed", str(failure), failure)
             raise failure from error
-        driver.save(outcome)
-        await driver.end("finished", driver.note(), None)
+        await driver.end("finished", driver.note(), None, driver.result(outcome))
         return outcome
 
     async def tell_ended(self, site: str) -> None:
@@ -75,11 +75,13 @@ class Coordinator:
         for run, status, error in self.store.owed_closes(site):
             record = self.store.run(run)
             courier = Courier(self.transport, run, record["plan"], {})
+            courier.owe({site: _owed(self.store, run).get(site, [])})
             try:
                 await courier.close(site, status, error)
-            except TransportError:
-                return
-            self.store.close_told(run, site)
+            except AtollError as failure:
+                self.on_event({"run": run, "not_told": site, "reason": str(failure)})
+            else:
+                self.store.close_told(run, site)
 
 
 class _Run:
@@ -91,11 +93,9 @@ class _Run:
         self.sites = sites or plan.cohort.sites or tuple(roster)
         self.roster = {site: roster[site] for site in self.sites if site in roster}
         self.courier = Courier(owner.transport, run, plan, self.roster)
-        last = {}
-        for finished in owner.store.rounds(run):  # a site's earlier receipts went out with its last task
-            last.update(finished["receipts"])
-        self.courier.owe(last)
+        self.courier.owe(_owed(owner.store, run))
         self.flights = Flights(self.courier)
+        self.opened: set[str] = set()
         self.absent: dict[str, int] = {}
         self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
@@ -181,7 +181,7 @@ class _Run:
                 entries, receipts = acknowledge(chain, about, replies, self.owner.receipts)
                 args = (self.run, number, asked.stage, name, seconds, stored, entries, receipts)
                 if sum(array.nbytes for array in stored.arrays.values()) > SMALL_BYTES:
-                    await asyncio.to_thread(self.owner.store.finish_round, *args)
+                    await _unbroken(asyncio.to_thread(self.owner.store.finish_round, *args))
                 else:
                     self.owner.store.finish_round(*args)
             except BaseException:
@@ -202,7 +202,7 @@ class _Run:
         reachable = self.owner.transport.sites()
         self.absent = {s: since for s, since in self.absent.items() if reachable.get(s, since) == since}
         asked_sites = self.sites if asked.sites is None else asked.sites
-        return tuple(site for site in asked_sites if site not in self.absent)
+        return tuple(site for site in asked_sites if site in self.opened and site not in self.absent)
 
     def note(self) -> str:
         """Who dropped out, and why: what the operator reads while the run goes on, and after it."""
@@ -264,26 +264,30 @@ class _Run:
                 self.dropped(site, answer)
             elif isinstance(answer, AtollError):
                 refusals.append(answer)
-            elif isinstance(rows := answer.meta.get("rows"), int):
-                self.rows[site] = rows
+            else:
+                self.opened.add(site)
+                if isinstance(rows := answer.meta.get("rows"), int):
+                    self.rows[site] = rows
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
 
-    def save(self, outcome: Mapping[str, Any]) -> None:
-        """Store the result and the model."""
+    def result(self, outcome: Mapping[str, Any]) -> tuple[dict[str, Json], dict[str, Array]]:
+        """The result and the model, as they are stored."""
         store, traffic = self.owner.store, self.owner.transport.traffic.pop(self.run)
-        result, arrays = summarise(
+        return summarise(
             self.run, self.plan, outcome, sites={site: self.rows.get(site) for site in self.sites},
             rounds=len(store.rounds(self.run)), seconds=time.monotonic() - self.began,
             transport=self.owner.transport.name, traffic=asdict(traffic),
         )  # fmt: skip
-        store.save_result(self.run, result, arrays)
 
-    async def end(self, status: str, note: str, error: AtollError | None) -> None:
+    async def end(
+        self, status: str, note: str, error: AtollError | None,
+        result: tuple[dict[str, Json], dict[str, Array]] | None = None,
+    ) -> None:  # fmt: skip
         """Store how the run ended, then tell every site, with the receipts it is still owed. Sites that
         cannot be told now are told when they come back."""
         self.flights.cancel()
         store, public = self.owner.store, {**error.public(), **error.where} if error is not None else None
-        store.end_run(self.run, status, note, tuple(self.roster), public)
+        store.end_run(self.run, status, note, tuple(self.roster), public, result)
         reachable = self.owner.transport.sites()
 
         async def one(site: str) -> None:
@@ -334,9 +338,27 @@ class _Run:
             self.dropped(site, answer)
 
 
+async def _unbroken(work: Coroutine[Any, Any, None]) -> None:
+    """Await *work* to its end even when cancelled: what a thread has begun to write it does write."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()
+
+
+def _owed(store: RunStore, run: str) -> dict[str, list[Json]]:
+    """The receipts of every site's last round; its earlier ones went out with its last task."""
+    last: dict[str, list[Json]] = {}
+    for finished in store.rounds(run):
+        last.update(finished["receipts"])
+    return last
+
+
 def _is_dropout(error: AtollError) -> bool:
     """A site that cannot be reached, or cannot do its work: others may go on without it."""
-    return isinstance(error, TransportError) or error.code == "site.out-of-memory"
+    ours = error.code.startswith("spool.")  # it is the coordinator that has no room
+    return (isinstance(error, TransportError) and not ours) or error.code == "site.out-of-memory"
 
 
 def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:

@@ -10,7 +10,7 @@ from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.protection import Exchange
-from atoll.contract.rounds import Arrival, Field, Round, TaskId
+from atoll.contract.rounds import Arrival, Field, Round, Sum, TaskId
 from atoll.contract.wire import Head, Json, Message
 from atoll.runtime.receipts import verify_release
 from atoll.runtime.site import roster_hash
@@ -60,7 +60,10 @@ class Courier:
         check = expect("release", exchange.fields, **where)
         incoming = await self._transport.request(site, message, self._plan.run.deadline_s, check)
         verify_release(incoming, message, bytes.fromhex(self._roster[site]), self._plan_hash, self._roster_hash)
-        self._owed[site] = self._owed.get(site, [])[len(owed) :]
+        self._owed[site] = [receipt for receipt in self._owed.get(site, []) if receipt not in owed]
+        if not isinstance(asked.reduce, Sum):  # a protection checks what it adds up, piece by piece
+            for name, declared in exchange.fields.items():
+                declared.check_values(name, incoming.array(name), undefined=True)
         return incoming
 
     async def close(self, site: str, status: str, error: dict[str, Json] | None) -> None:

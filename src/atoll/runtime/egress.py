@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.errors import DisclosureError, PolicyError, ProtocolError
+from atoll.contract.errors import DisclosureError, PolicyError
 from atoll.contract.protection import Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
@@ -26,7 +26,7 @@ from atoll.runtime.policy import Policy
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, as far as the gate and the ledger care."""
+    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent."""
 
     task: TaskId
     program: str
@@ -36,11 +36,22 @@ class Request:
     reduce: str
     plan: str
     roster: str
+    question: str = ""
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
     """What a release entry commits to: names, dtypes and shapes, and the SHA-256 of the buffers (hex)."""
     return hashlib.sha256(b"atoll release 1\0" + canonical_json(specs) + body_sha256).hexdigest()
+
+
+def question_digest(message: Message) -> str:
+    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent arrays."""
+    specs, parts = body_parts(message.arrays)
+    asked = {name: message.meta[name] for name in ("params", "view", "fields")}
+    digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 class EgressGate:
@@ -64,7 +75,9 @@ class EgressGate:
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
         arrays = as_arrays(reply, asked.fields)
-        self._check(arrays, asked.groups, undefined=asked.reduce == "gather")
+        for name, declared in asked.fields.items():
+            declared.check_finite(name, arrays[name], undefined=asked.reduce == "gather")
+        self._check_groups(arrays, asked.groups)
         arrays, clipped = _clip(arrays, asked.fields)
         arrays = protection.protect(asked.task.step, arrays, asked.fields)
         specs, parts = body_parts(arrays)
@@ -73,10 +86,7 @@ class EgressGate:
             digest.update(part)
         size_bytes = sum(len(part) for part in parts)
         if size_bytes > self._policy.max_message_bytes:
-            raise PolicyError(
-                "policy.too-large", "the release is larger than the policy allows", field="max_message_bytes",
-                remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
-            )  # fmt: skip
+            raise too_large()
         body = {
             **asked.task.to_json(),
             "program": asked.program,
@@ -85,6 +95,7 @@ class EgressGate:
             "protection": protection.name,
             "plan": asked.plan,
             "roster": asked.roster,
+            "question": asked.question,
             "fields": specs,
             "bytes": size_bytes,
             "clipped": clipped,
@@ -93,17 +104,8 @@ class EgressGate:
         task = asked.task
         return self._journal.store_release(str(task), task.run, asked.program, body, arrays, state, receipts)
 
-    def _check(self, arrays: Mapping[str, Array], groups: frozenset[str], *, undefined: bool) -> None:
-        """undefined: NaN may be told (a metric of no rows); nothing that is to be summed may be NaN."""
+    def _check_groups(self, arrays: Mapping[str, Array], groups: frozenset[str]) -> None:
         for name, array in arrays.items():
-            finite = np.isfinite(array)
-            if not (finite | (np.isnan(array) if undefined else False)).all():
-                raise ProtocolError(
-                    "reply.not-finite",
-                    "a reply holds NaN or infinity",
-                    field=name,
-                    remedy="look for missing cells, a learning rate that is too high, or an overflow",
-                )
             if name in groups and ((array > 0) & (array < self._policy.min_group_size)).any():
                 raise DisclosureError(
                     "disclosure.small-group",
@@ -111,6 +113,14 @@ class EgressGate:
                     field=name,
                     remedy="use coarser groups or more rows; the site's policy sets min_group_size",
                 )
+
+
+def too_large() -> PolicyError:
+    """The one error for a release beyond the policy's max_message_bytes."""
+    return PolicyError(
+        "policy.too-large", "the release is larger than the policy allows", field="max_message_bytes",
+        remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
+    )  # fmt: skip
 
 
 def _clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:

@@ -15,12 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from atoll.contract.errors import IntegrityError
+from atoll.contract.errors import IntegrityError, ProtocolError
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
 
 OPEN = ("pending", "approved", "running")
 """Statuses of a run that is neither closed nor denied."""
+
+ENDS = ("finished", "failed", "cancelled")
+"""How a coordinator may end a run."""
 
 LARGE_BYTES = 4 << 20
 _TABLES = """
@@ -35,6 +38,14 @@ CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 Receipt = tuple[int, Json]
 """(sequence number of the release entry, the coordinator's receipt)."""
+
+
+def not_running(status: str) -> ProtocolError:
+    """The one error for a task of a run that is not running at this site."""
+    return ProtocolError(
+        "run.not-open", f"the run is {status} at this site", field="run",
+        remedy="it was closed, or never opened here: start a new one",
+    )  # fmt: skip
 
 
 class Journal:
@@ -175,6 +186,8 @@ class Journal:
         seq = None
         try:
             with self.transaction():
+                if (status := self.status(run)) not in ("running", "unknown"):  # it was closed while the site computed
+                    raise not_running(status)
                 large = self._store_receipts(receipts, sign=False)
                 entry = self._append(self.chain.next("release", body))
                 message = Message("release", {"re": task, "entry": entry}, arrays)
@@ -250,6 +263,15 @@ class Journal:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""
         with self.transaction():
             self._db.execute("UPDATE run SET status = ? WHERE run = ? AND status = ?", (after, run, before))
+
+    def end_run(self, run: str, status: str, error: Json, heard: str) -> None:
+        """Close a run that is open, with its ledger entry; *heard* joins the note. Else do nothing."""
+        with self.transaction():
+            before, _, note = self.run(run) or ("unknown", {}, "")
+            if before in OPEN:
+                note = "\n".join(filter(None, (note, heard))) if status != "finished" else heard
+                self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
+                self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
 
     def set_note(self, run: str, note: str) -> None:
         """Tell the site's own operator something about a run, unless it was closed."""

@@ -15,7 +15,7 @@ from atoll.contract.rounds import Arrival, Gather, Gathered, Reduced, Round, Sum
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import verify
 from atoll.ledger import merkle
-from atoll.ledger.entry import Chain, Entry, leaf, verify_entry
+from atoll.ledger.entry import Chain, Entry, is_release, leaf, verify_entry
 from atoll.runtime.egress import body_digest
 from atoll.transport.spool import Incoming
 
@@ -27,7 +27,7 @@ def verify_release(incoming: Incoming, task: Message, public: bytes, plan: str, 
     and its bytes are those that its signed ledger entry commits to."""
     meta, entry = task.meta, incoming.meta.get("entry")
     right = False
-    if isinstance(entry, dict) and isinstance(entry.get("body"), dict):
+    if isinstance(entry, dict) and is_release(entry):
         verify_entry(entry, public, verify)
         specs = [[spec.name, spec.dtype, list(spec.shape)] for spec in incoming.head.specs]
         wanted = {name: meta[name] for name in ("run", "round", "attempt", "step", "site", "program")}

@@ -93,8 +93,13 @@ class CoordinatorServer:
             await self._coordinator.run(run)
         except AtollError as error:
             log.error("run %s failed: %s", run, error)
+        except Exception as error:
+            log.exception("run %s failed", run)
+            with contextlib.suppress(Exception):  # the store itself may be what failed: a restart resumes the run
+                self._store.set_status(run, "failed", f"{type(error).__name__} in the coordinator; see its log")
         finally:
-            self._tell({"run": run, "ended": self._store.run(run)["status"]})
+            with contextlib.suppress(Exception):
+                self._tell({"run": run, "ended": self._store.run(run)["status"]})
 
 
 async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import threading
 import time
 import traceback
@@ -26,14 +27,15 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
+from atoll.crypto.pki import check_name
 from atoll.data.recipe import Prepared, with_hold_out
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
-from atoll.runtime.egress import EgressGate, Request
-from atoll.runtime.journal import OPEN, Journal, Receipt
+from atoll.runtime.egress import EgressGate, Request, question_digest, too_large
+from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
 from atoll.runtime.policy import Policy
-from atoll.runtime.study import check_plan
+from atoll.runtime.study import Permitted, check_plan
 
 log = logging.getLogger("atoll.site")
 Progress = Callable[[Mapping[str, Json]], None]
@@ -68,6 +70,7 @@ class _Opened:
     plan: Plan
     hash: str
     roster: str
+    permitted: Permitted
     table: Table | None = None
     views: dict[bytes, tuple[Table, Table]] = field(default_factory=dict)
 
@@ -102,8 +105,9 @@ class Site:
             failure = ProtocolError(
                 "site.out-of-memory", "not enough memory at the site", remedy="give the site's process more memory"
             ).at(**where)
-        except Exception:
-            log.error("%s: unexpected error in run %s\n%s", self.name, meta.get("run"), traceback.format_exc())
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))  # its message may quote a cell: it is not logged
+            log.error("%s: unexpected %s in run %s\n%s", self.name, type(error).__name__, meta.get("run"), frames)
             failure = ProtocolError(
                 "site.internal", "unexpected error", remedy="the site's own log has the details under the trace id"
             ).at(**where)
@@ -124,7 +128,7 @@ class Site:
 
     def _open(self, message: Message, progress: Progress) -> Message:
         run, plan = str(message.meta["run"]), Plan.from_json(message.meta["plan"])
-        roster = {str(site): str(key) for site, key in message.meta["roster"].items()}
+        roster = _roster(message.meta["roster"])
         announced: dict[str, Json] = {
             "plan": plan.to_json(),
             "hash": plan.hash,
@@ -143,17 +147,18 @@ class Site:
                 remedy="tell the coordinator's operator: this site's identity was replaced",
             )  # fmt: skip
         self._await_approval(run, roster, progress)
-        opened = self._opened(run)
-        with self._lock(run):
-            rows = sum(len(part) for part in self._prepared(opened, {}))
-        if self._journal.status(run) == "approved":
+        if self._journal.status(run) == "approved":  # else a coordinator that was restarted asks again
+            with self._lock(run):
+                rows = sum(len(part) for part in self._prepared(self._opened(run), {}))
+            self._journal.set_setting(f"rows {run}", str(rows))
             self._journal.record(
                 "joined",
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
                  "protection": plan.protection, "roster": announced["roster_hash"]},
             )  # fmt: skip
             self._journal.advance(run, "approved", "running")
-        return Message("opened", {"re": message.meta["id"], "rows": rows if "rows" in self._policy.share else None})
+        told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share else ""
+        return Message("opened", {"re": message.meta["id"], "rows": int(told) if told else None})
 
     def _await_approval(self, run: str, roster: Mapping[str, str], progress: Progress) -> None:
         """Return once roster and study are approved, by policy or by the operator; raise when denied."""
@@ -169,7 +174,7 @@ class Site:
                 )  # fmt: skip
             if status != "pending":
                 _must_be_running(status)
-            known = json.loads(self._journal.setting("roster") or "{}")
+            known = {**json.loads(self._journal.setting("roster") or "{}"), self.name: roster[self.name]}
             roster_right = self._policy.roster == "automatic" or all(known.get(s) == k for s, k in roster.items())
             study_right = self._policy.approval == "automatic" or self._journal.setting(f"approved {run}") == "yes"
             if roster_right and study_right:
@@ -192,6 +197,8 @@ class Site:
             receipts = self._verified(meta["receipts"])
             if release is None:
                 release = self._answer(task, message, progress, state, receipts)
+            elif release.meta["entry"]["body"]["question"] != question_digest(message):
+                raise ProtocolError("task.changed", "the task was asked before, in other words")
             else:
                 self._journal.acknowledge(receipts)
         return Message(release.kind, {**release.meta, "re": meta["id"]}, release.arrays)
@@ -203,6 +210,7 @@ class Site:
         meta, opened = message.meta, self._opened(task.run)
         plan = opened.plan
         program = build(str(meta["program"]), meta["params"])
+        opened.permitted.check(program)
         self._policy.check_program(program.name, program.version)
         if program.version != meta["version"]:
             raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
@@ -210,6 +218,8 @@ class Site:
         if handler.reduce != meta["reduce"]:
             raise ProtocolError("task.reduction", f"its replies may only be asked for by {handler.reduce}")
         fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
+        if sum(declared.size_bytes for declared in fields.values()) > self._policy.max_message_bytes:
+            raise too_large()
         before = dict(state)
 
         def tell(done: float, total: float) -> None:
@@ -220,10 +230,17 @@ class Site:
         seed = hashlib.sha256(f"atoll shuffle\0{plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
         reply = handler.answer(program, view, Task(task, message.arrays, words))
-        _must_be_running(self._journal.status(task.run))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
         asked = Request(
-            task, program.name, str(meta["name"]), fields, handler.groups, handler.reduce, opened.hash, opened.roster
+            task,
+            program.name,
+            str(meta["name"]),
+            fields,
+            handler.groups,
+            handler.reduce,
+            opened.hash,
+            opened.roster,
+            question_digest(message),
         )
         protection = find(plan.protection if handler.reduce == "sum" else "plain")
         return self._gate.release(asked, reply, protection, state if changed else None, receipts)
@@ -237,7 +254,8 @@ class Site:
         with self._guard:
             if run not in self._runs:
                 _, opened, _ = self._journal.run(run) or ("", {}, "")
-                self._runs[run] = _Opened(Plan.from_json(opened["plan"]), opened["hash"], opened["roster_hash"])
+                plan = Plan.from_json(opened["plan"])
+                self._runs[run] = _Opened(plan, opened["hash"], opened["roster_hash"], Permitted(plan))
             return self._runs[run]
 
     def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:
@@ -246,6 +264,8 @@ class Site:
         if key not in opened.views:
             if opened.table is None:
                 opened.table = with_hold_out(self._data(opened.plan), opened.plan, self.name)
+            if len(opened.views) > 1:  # the last two are enough: a study goes on from one to the next
+                del opened.views[next(iter(opened.views))]
             opened.views[key] = Prepared(opened.plan.recipe).apply(opened.table, view).parts()
         return opened.views[key]
 
@@ -262,21 +282,23 @@ class Site:
     def _close(self, message: Message, progress: Progress) -> Message:
         meta, run = message.meta, str(message.meta["run"])
         self._journal.acknowledge(self._verified(meta["receipts"]))
-        known = self._journal.run(run)
-        if known is not None and known[0] in OPEN:
-            status, own = str(meta["status"])[:40], known[2]
-            heard = str(AtollError.from_public(meta["error"])) if meta.get("error") else ""
-            self._journal.record("closed", {"run": run, "status": status, "error": meta.get("error")})
-            self._journal.set_status(run, status, "\n".join(filter(None, (own, heard))))
+        if meta["status"] not in ENDS:
+            raise ProtocolError("run.no-end", "a run cannot be closed in this way", field="status")
+        heard = str(AtollError.from_public(meta["error"])) if meta.get("error") else ""
+        self._journal.end_run(run, meta["status"], meta.get("error"), heard)
         with self._guard:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
 
 
+def _roster(announced: Json) -> dict[str, str]:
+    """The announced public keys (hex) by site; raises ProtocolError for anything else."""
+    if not isinstance(announced, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(k)) for k in announced.values()):
+        raise ProtocolError("roster.malformed", "the announced roster is not one of sites and keys", field="roster")
+    return {check_name(str(site)): str(key) for site, key in announced.items()}
+
+
 def _must_be_running(status: str) -> None:
     if status != "running":
-        raise ProtocolError(
-            "run.not-open", f"the run is {status} at this site", field="run",
-            remedy="it was closed, or never opened here: start a new one",
-        )  # fmt: skip
+        raise not_running(status)

@@ -142,9 +142,15 @@ class RunStore:
             if db.execute(RUNS.update().where(RUNS.c.run == run).values(cancel=True)).rowcount != 1:
                 raise PlanError("run.unknown", "there is no such run", field="run", remedy="`atoll coordinator status`")
 
-    def end_run(self, run: str, status: str, note: str, sites: Sequence[str], error: Json) -> None:
-        """Store how a run ended, and that *sites* do not know it yet."""
+    def end_run(
+        self, run: str, status: str, note: str, sites: Sequence[str], error: Json,
+        result: tuple[Mapping[str, Json], Mapping[str, Array]] | None = None,
+    ) -> None:  # fmt: skip
+        """Store how a run ended, its result and model if it has one, and that *sites* do not know it yet."""
         with self._begin() as db:
+            if result is not None:
+                self._write_blob(db, run, "model", Message("model", {}, dict(result[1])))
+                db.execute(RUNS.update().where(RUNS.c.run == run).values(result=json.dumps(result[0])))
             db.execute(RUNS.update().where(RUNS.c.run == run).values(status=status, note=_text(note)))
             db.execute(UNTOLD.delete().where(UNTOLD.c.run == run))
             for site in sites:
@@ -160,12 +166,6 @@ class RunStore:
         """*site* knows now."""
         with self._begin() as db:
             db.execute(UNTOLD.delete().where(UNTOLD.c.run == run, UNTOLD.c.site == site))
-
-    def save_result(self, run: str, result: Mapping[str, Json], arrays: Mapping[str, Array]) -> None:
-        """Store a run's result and model."""
-        with self._begin() as db:
-            self._write_blob(db, run, "model", Message("model", {}, dict(arrays)))
-            db.execute(RUNS.update().where(RUNS.c.run == run).values(result=json.dumps(result)))
 
     def result(self, run: str) -> tuple[dict[str, Json], dict[str, Array]]:
         """A finished run's (result, model arrays); raises PlanError if it has none."""

@@ -12,14 +12,14 @@ from dataclasses import replace
 from typing import Any
 
 from atoll.contract.capabilities import conflicts
-from atoll.contract.errors import AtollError, PlanError, refuse_all
+from atoll.contract.errors import AtollError, PlanError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, relay
 from atoll.contract.protection import find
 from atoll.contract.rounds import Checkpoint, Round, Steps
-from atoll.contract.wire import Array, Json
+from atoll.contract.schema import TableSchema
+from atoll.contract.wire import Array, Json, canonical_json
 from atoll.data.recipe import Prepared
-from atoll.models.linear import LinearModel
 
 
 def check_plan(plan: Plan) -> Program:
@@ -67,10 +67,9 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     schema = plan.table
     view: dict[str, Json] = {}
     for stage in prepared.stages():
-        needed = sorted({name for number in stage for name in prepared.steps[number].needs()})
+        describe = _describe(prepared, stage)
         statistics: Mapping[str, Any] = {}
-        if needed:
-            describe = build("statistics.describe", {"columns": needed, "bins": 1})
+        if describe is not None:
             at = prepared.schema(schema, [n for n in stage if n < _first_fit(prepared, stage)])
             found = yield from _staged(describe.coordinate(Cohort(sites, at, plan.run.seed)), "prepare", view)
             statistics = found["columns"]
@@ -82,12 +81,52 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     cohort = Cohort(sites, schema, plan.run.seed)
     result = yield from _staged(program.coordinate(cohort, start), "program", view)
     outcome = {"result": result, "fitted": view, "evaluation": None}
-    model = result.get("model")
-    if isinstance(model, LinearModel) and plan.run.evaluate and plan.run.holdout > 0:
-        evaluation = build("statistics.evaluation", {"model": model.spec()})
-        steps = evaluation.coordinate(cohort, {"weights": model.weights})
+    evaluation = _evaluation(plan, program, schema)
+    if evaluation is not None:
+        steps = evaluation.coordinate(cohort, {"weights": result["model"].weights})
         outcome["evaluation"] = yield from _staged(steps, "evaluate", view)
     return outcome
+
+
+def _describe(prepared: Prepared, stage: list[int]) -> Program | None:
+    """The program that fetches what a stage's steps are fitted on."""
+    needed = sorted({name for number in stage for name in prepared.steps[number].needs()})
+    return build("statistics.describe", {"columns": needed, "bins": 1}) if needed else None
+
+
+def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | None:
+    """The program that scores what *program* fits, if it fits a model and rows are held out."""
+    model = getattr(program, "model", None)
+    if model is None or not plan.run.evaluate or plan.run.holdout == 0:
+        return None
+    return build("statistics.evaluation", {"model": model(schema).spec()})
+
+
+def _said(program: Program) -> tuple[str, bytes]:
+    return program.name, canonical_json(program.params.model_dump(mode="json"))
+
+
+class Permitted:
+    """What a site that approved *plan* answers: the plan's own program, the programs it declares that
+    it calls, and what preparation and evaluation ask; each with the parameters the plan gives it."""
+
+    def __init__(self, plan: Plan) -> None:
+        program, prepared = check_plan(plan), Prepared(plan.recipe)
+        schema = prepared.schema(plan.table)
+        asked = [program, _evaluation(plan, program, schema)]
+        asked += [_describe(prepared, stage) for stage in prepared.stages()]
+        self._asked = {_said(one) for one in asked if one is not None}
+        self._calls = program.calls
+
+    def check(self, program: Program) -> None:
+        """Raise PolicyError unless the plan leads to *program* with its parameters."""
+        if program.name not in self._calls and _said(program) not in self._asked:
+            raise PolicyError(
+                "policy.not-in-plan",
+                f"{program.name} with these parameters is not part of the approved plan",
+                field=program.name,
+                remedy="submit a plan that asks for it, and have it approved",
+            )
 
 
 def _first_fit(prepared: Prepared, stage: list[int]) -> int:

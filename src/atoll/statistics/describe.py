@@ -122,7 +122,7 @@ class Describe:
     @handler("spread", groups=("rows", "count"))
     def spread(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the cohort's mean."""
-        return self._sums(site, task["center"])
+        return self._sums(site, task.take("center", (len(self._names(site.table.schema)),)))
 
     def _sums(self, site: SiteView, center: Array) -> dict[str, Any]:
         """Counts, Σz and Σz² of z = (x − center) / half the range, for each column."""

@@ -109,7 +109,7 @@ class Evaluation:
             low, high = feature_bounds(cohort.schema, str(self.params.model["target"]))
             reach = 1e3 * max(abs(low), abs(high), 1.0)  # predictions beyond a thousandfold are clipped
             fields = {"errors": real(5, bound=rows * reach**2, step=1e-9)}
-        total = yield Round("scores", Sum(), fields, send)
+        total = yield Round("scores", Sum(), {"rows": count(bound=rows), **fields}, send)
         pooled, curves = self._binary(total) if self.binary else self._errors(total)
         own: dict[str, dict[str, float]] = {}
         if self.params.own:
@@ -168,15 +168,16 @@ class Evaluation:
             )
         return y, p
 
-    @handler("scores")
+    @handler("scores", groups=("rows",))
     def scores(self, site: SiteView, task: Task) -> Reply:
         """At the site: histograms of scores by label, and loss sums, over held-out rows."""
         y, p = self._scored(site, task)
         if not self.binary:
-            return {"errors": np.array(_error_sums(y, p))}
+            return {"rows": len(y), "errors": np.array(_error_sums(y, p))}
         place = np.minimum((p * self.params.bins).astype(np.int64), self.params.bins - 1)
         called = p >= 0.5
         return {
+            "rows": len(y),
             "positives": np.bincount(place[y == 1], minlength=self.params.bins),
             "negatives": np.bincount(place[y == 0], minlength=self.params.bins),
             "log_loss": _log_loss(y, p).sum(),

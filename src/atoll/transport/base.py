@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -88,7 +89,8 @@ class Traffic:
 def broken(request: Json, error: Exception) -> Message:
     """What a site answers to *request* (an id) when its endpoint raised, or gave no message: never silence."""
     if not isinstance(error, AtollError):
-        log.error("unexpected error in a request", exc_info=error)
+        frames = "".join(traceback.format_tb(error.__traceback__))  # its message may quote a cell: it is not logged
+        log.error("unexpected %s in a request\n%s", type(error).__name__, frames)
         error = ProtocolError(
             "site.internal", "unexpected error", remedy="the site's own log has the details under the trace id"
         )
