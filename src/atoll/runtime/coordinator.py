@@ -8,9 +8,8 @@ reductions, in order, until it reaches the round that was open.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +18,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.protection import Exchange, Replies, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
-from atoll.runtime.courier import Courier, Flights, all_of
+from atoll.runtime.courier import Courier, Flights, all_of, unbroken
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import summarise
 from atoll.runtime.store import Ledger, RunStore
@@ -181,7 +180,7 @@ class _Run:
                 entries, receipts = acknowledge(chain, about, replies, self.owner.receipts)
                 args = (self.run, number, asked.stage, name, seconds, stored, entries, receipts)
                 if sum(array.nbytes for array in stored.arrays.values()) > SMALL_BYTES:
-                    await _unbroken(asyncio.to_thread(self.owner.store.finish_round, *args))
+                    await unbroken(asyncio.to_thread(self.owner.store.finish_round, *args))
                 else:
                     self.owner.store.finish_round(*args)
             except BaseException:
@@ -336,15 +335,6 @@ class _Run:
             if not _is_dropout(answer):
                 raise answer
             self.dropped(site, answer)
-
-
-async def _unbroken(work: Coroutine[Any, Any, None]) -> None:
-    """Await *work* to its end even when cancelled: what a thread has begun to write it does write."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([task])
-    task.result()
 
 
 def _owed(store: RunStore, run: str) -> dict[str, list[Json]]:

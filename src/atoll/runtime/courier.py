@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from atoll.contract.errors import AtollError, ProtocolError
@@ -13,7 +14,7 @@ from atoll.contract.protection import Exchange
 from atoll.contract.rounds import Arrival, Field, Round, Sum, TaskId
 from atoll.contract.wire import Head, Json, Message
 from atoll.runtime.receipts import verify_release
-from atoll.runtime.site import roster_hash
+from atoll.runtime.roster import roster_hash
 from atoll.transport.base import Progress, Transport
 from atoll.transport.spool import Incoming
 
@@ -143,3 +144,12 @@ async def all_of(requests: Iterable[Any]) -> list[Any]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+async def unbroken(work: Coroutine[Any, Any, None]) -> None:
+    """Await *work* to its end even when cancelled: what a thread has begun to write it does write."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([task])
+    task.result()

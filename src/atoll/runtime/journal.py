@@ -269,7 +269,7 @@ class Journal:
         with self.transaction():
             before, _, note = self.run(run) or ("unknown", {}, "")
             if before in OPEN:
-                note = "\n".join(filter(None, (note, heard))) if status != "finished" else heard
+                note = "\n".join(filter(None, (note, heard)))
                 self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
                 self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import threading
 import time
 import traceback
@@ -27,7 +26,6 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
-from atoll.crypto.pki import check_name
 from atoll.data.recipe import Prepared, with_hold_out
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
@@ -35,15 +33,11 @@ from atoll.ledger.verify import verify_receipt
 from atoll.runtime.egress import EgressGate, Request, question_digest, too_large
 from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
 from atoll.runtime.policy import Policy
+from atoll.runtime.roster import read_roster, roster_hash
 from atoll.runtime.study import Permitted, check_plan
 
 log = logging.getLogger("atoll.site")
 Progress = Callable[[Mapping[str, Json]], None]
-
-
-def roster_hash(roster: Mapping[str, str]) -> str:
-    """The identity of a set of identities: SHA-256 over {site: public key (hex)}."""
-    return hashlib.sha256(b"atoll roster 1\0" + canonical_json(dict(roster))).hexdigest()
 
 
 class _View:
@@ -114,7 +108,8 @@ class Site:
         else:
             return reply
         log.warning("%s", failure)
-        self._note(str(meta.get("run", "")), str(failure))
+        if failure.code != "policy.withheld":
+            self._note(str(meta.get("run", "")), str(failure))
         return Message("failure", {"re": meta.get("id"), **failure.public(), **where})
 
     def _note(self, run: str, text: str) -> None:
@@ -128,7 +123,7 @@ class Site:
 
     def _open(self, message: Message, progress: Progress) -> Message:
         run, plan = str(message.meta["run"]), Plan.from_json(message.meta["plan"])
-        roster = _roster(message.meta["roster"])
+        roster = read_roster(message.meta["roster"])
         announced: dict[str, Json] = {
             "plan": plan.to_json(),
             "hash": plan.hash,
@@ -290,13 +285,6 @@ class Site:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
-
-
-def _roster(announced: Json) -> dict[str, str]:
-    """The announced public keys (hex) by site; raises ProtocolError for anything else."""
-    if not isinstance(announced, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(k)) for k in announced.values()):
-        raise ProtocolError("roster.malformed", "the announced roster is not one of sites and keys", field="roster")
-    return {check_name(str(site)): str(key) for site, key in announced.items()}
 
 
 def _must_be_running(status: str) -> None:

@@ -1,0 +1,23 @@
+"""The roster: which identities take part in a run. Its hash is in every release's signature."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+from atoll.contract.errors import ProtocolError
+from atoll.contract.wire import Json, canonical_json
+from atoll.crypto.pki import check_name
+
+
+def roster_hash(roster: Mapping[str, str]) -> str:
+    """The identity of a set of identities: SHA-256 over {site: public key (hex)}."""
+    return hashlib.sha256(b"atoll roster 1\0" + canonical_json(dict(roster))).hexdigest()
+
+
+def read_roster(announced: Json) -> dict[str, str]:
+    """The announced public keys (hex) by site; raises ProtocolError for anything else."""
+    if not isinstance(announced, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(k)) for k in announced.values()):
+        raise ProtocolError("roster.malformed", "the announced roster is not one of sites and keys", field="roster")
+    return {check_name(str(site)): str(key) for site, key in announced.items()}
