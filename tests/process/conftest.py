@@ -161,6 +161,7 @@ class Federation:
         self.ports = free_ports(2)
         self.coordinator = Party("coordinator", folder / "coordinator")
         self.sites: dict[str, Party] = {}
+        self.tokens: dict[str, str] = {}
         self.exports = 0
         self._store: RunStore | None = None
 
@@ -205,12 +206,12 @@ class Federation:
     def join(self, site: str, before: Callable[[], None] | None = None) -> Party:
         """Invite *site*, make its table, let it join by its token, and start it (*before* runs in it first)."""
         party = self.sites.setdefault(site, Party(site, self.folder / site))
-        invited = json.loads(self.as_coordinator("invite", site, "--json").stdout)
+        self.tokens[site] = json.loads(self.as_coordinator("invite", site, "--json").stdout)["token"]
         data = self.data(site)
         if not data.exists():
             data.write_text(table(site))
         party.home.mkdir(exist_ok=True)
-        self.as_site(site, "init", "--token", "-", "--dataset", f"trial={data}", stdin=invited["token"])
+        self.as_site(site, "init", "--token", "-", "--dataset", f"trial={data}", stdin=self.tokens[site])
         (party.home / "policy.yaml").write_text(yaml.safe_dump(POLICY))
         party.start(before)
         return party

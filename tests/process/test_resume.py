@@ -118,6 +118,7 @@ def test_somebody_dies_every_few_rounds(federation: Any, uninterrupted: Any) -> 
     check_same(federation, run, uninterrupted)
 
 
+@pytest.mark.slow
 def test_survivors_go_on(federation: Any, wait_until: Any) -> None:
     run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 3})
     federation.await_rounds(run, 30)
@@ -166,6 +167,7 @@ def test_too_few_are_left(federation: Any, wait_until: Any) -> None:
     assert all("cohort.too-few-left" in row["note"] for row in shown[1:])
 
 
+@pytest.mark.slow
 def test_site_that_was_away_hears_the_end(federation: Any, wait_until: Any) -> None:
     run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 2})
     federation.await_rounds(run, 270)

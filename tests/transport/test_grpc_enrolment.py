@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError, TransportError
 from atoll.crypto import pki
 from atoll.crypto.identity import Identity
+from atoll.data.sources import SourceSpec
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.transport.grpc import call_unary
 
@@ -276,3 +277,19 @@ def test_requests_with_flipped_bytes_are_refused() -> None:
                 assert error.code == "csr.wrong"
             else:  # unused bits of the signature's last byte: what is signed is the same
                 assert x509.load_pem_x509_csr(made.encode()).tbs_certrequest_bytes == good.tbs_certrequest_bytes
+
+
+async def test_a_site_comes_back_with_its_identity(headquarters: Any) -> None:
+    """After its certificate has expired or was revoked: same identity, journal and data, new certificate."""
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    kept = {name: (home.folder / name).read_bytes() for name in ("identity.key", "policy.yaml")}
+    old = {name: (home.folder / name).read_bytes() for name in ("tls.key", "tls.pem")}
+    hq.store.revoke("a")
+    again = await SiteHome.create(home.folder, hq.invite("a"), {"more": SourceSpec(path="more.csv")})
+    assert again.identity.public == home.identity.public
+    assert set(again.config.datasets) == {*home.config.datasets, "more"}
+    assert kept == {name: (home.folder / name).read_bytes() for name in kept}
+    assert all((home.folder / name).read_bytes() != content for name, content in old.items())
+    assert (home.folder / "tls.key").stat().st_mode & 0o777 == 0o600
+    assert hq.store.roster() == {"a": home.identity.public.hex()}

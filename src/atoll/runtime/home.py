@@ -184,31 +184,35 @@ class SiteHome:
     ) -> SiteHome:
         """Join a federation: make keys here, have the certificate signed, write the folder.
 
+        A folder that is this very site's already joins again: it keeps its identity, journal, policy
+        and data sets, and gets a new certificate (the way back after one has expired or was revoked).
         Raises IntegrityError for a token that is malformed, expired, used or foreign, and
-        TransportError when the coordinator cannot be reached; the folder is then left empty.
+        TransportError when the coordinator cannot be reached; the folder is then as it was.
         """
         token = pki.JoinToken.decode(token_text)
-        _new_folder(folder, "site.yaml", "identity.key", "tls.key")
-        identity, key = Identity.generate(token.site), pki.new_key()
+        before = SiteHome(folder) if (folder / "site.yaml").is_file() else None
+        if before is None or before.config.name != token.site:
+            before = None
+            _new_folder(folder, "site.yaml", "identity.key", "tls.key")
+        identity, key = before.identity if before else Identity.generate(token.site), pki.new_key()
         request = {"site": token.site, "secret": token.secret, "public_key": identity.public.hex()}
         request["csr"] = pki.make_csr(key, token.site).decode()
         answer = await call_unary(token.address, token.ca_pem, None, "Enrol", request)
         certificate, host = _certificate(answer), token.address.rsplit(":", 1)[0]
         match answer:
             case {"port": int(port), "coordinator_key": str(public)} if re.fullmatch(PUBLIC_KEY, public):
-                config = SiteConfig(
-                    name=token.site, address=f"{host}:{port}", coordinator_key=public, datasets=datasets
-                )  # fmt: skip
+                known = {**(before.config.datasets if before else {}), **datasets}
+                config = SiteConfig(name=token.site, address=f"{host}:{port}", coordinator_key=public, datasets=known)
             case _:
                 raise ProtocolError("enrol.malformed", "the coordinator's answer is not what was asked for")
-        identity.save(folder / "identity.key")
+        if before is None:
+            identity.save(folder / "identity.key")
+            content = yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False) if policy else POLICY_TEMPLATE
+            (folder / "policy.yaml").write_text(content)
+        (folder / "tls.key").unlink(missing_ok=True)
         write_private(folder / "tls.key", pki.key_pem(key))
         (folder / "tls.pem").write_text(certificate)
         (folder / "ca.pem").write_bytes(token.ca_pem)
-        if policy is None:
-            (folder / "policy.yaml").write_text(POLICY_TEMPLATE)
-        else:
-            (folder / "policy.yaml").write_text(yaml.safe_dump(policy.model_dump(mode="json"), sort_keys=False))
         (folder / "site.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return SiteHome(folder)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -392,7 +393,10 @@ class GrpcSite:
         if frame_id(name) in self._busy or frame_id(name) in self._answered:
             return
         self._busy.add(frame_id(name))
-        self._loop.run_in_executor(self._pool, self._work, incoming.message(), name)
+        if incoming.kind == "open":  # it may wait for an operator for days: not in the way of others
+            threading.Thread(target=self._work, args=(incoming.message(), name), daemon=True).start()
+        else:
+            self._loop.run_in_executor(self._pool, self._work, incoming.message(), name)
 
     def refused(self, head: Head, error: AtollError) -> None:
         self._answer(str(head.meta.get("id")), Message("failure", {"re": head.meta.get("id"), **error.public()}))
