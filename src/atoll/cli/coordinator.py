@@ -13,7 +13,6 @@ from atoll.cli import show
 from atoll.contract.errors import PlanError
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import fingerprint
-from atoll.report.html import write_report
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome
 from atoll.runtime.results import details, write_json, write_model
@@ -205,7 +204,7 @@ def _write(store: Any, run: str, out: Path) -> None:
     shown["curves"] = found.pop("curves", {})
     write_json(out / "result.json", found)
     write_model(out / "model", found, arrays)
-    write_report(out / "report.html", found, shown)
+    show.report(out / "report.html", found, shown)
     show.out.print(f"written to [bold]{out}[/]: report.html, result.json, model/, ledger/")
 
 

@@ -9,7 +9,7 @@ import typer
 
 from atoll import __version__
 from atoll.cli import coordinator, ledger, sandbox, show, site
-from atoll.contract.errors import AtollError
+from atoll.contract.errors import AtollError, PlanError
 from atoll.contract.program import REGISTRY, summary
 from atoll.runtime.catalogue import load_installed
 
@@ -49,5 +49,9 @@ def main() -> None:
         app()
     except AtollError as error:
         show.fail(error, machine="--json" in sys.argv)
+    except OSError as error:
+        text = f"{error.strerror or type(error).__name__}: {error.filename or ''}"
+        failure = PlanError("system.file", text, remedy="check the path, its permissions and the disk")
+        show.fail(failure, machine="--json" in sys.argv)
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -18,7 +18,6 @@ from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, read_source
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
-from atoll.report.html import write_report
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.sandbox import read_sites, run_sandbox
 from atoll.runtime.study import check_plan
@@ -138,7 +137,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     with show.progress(plan.name, quiet=machine) as tell:
         result, details = run_sandbox(plan, sources, base, out, transport.value, tell)
-    write_report(out / "report.html", result, details)
+    show.report(out / "report.html", result, details)
     if machine:
         show.as_json(result)
         return
@@ -187,7 +186,7 @@ def demo(
     with show.progress("model", quiet=machine) as tell:
         result, details = run_sandbox(plans["model"], sources, out, out, transport.value, tell)
     result["statistics"] = statistics["statistics"]
-    write_report(out / "report.html", result, details)
+    show.report(out / "report.html", result, details)
     ledgers = [verify_file(path, verify) for path in sorted((out / "ledger").glob("*.jsonl"))]
     verify_together(ledgers, verify)
     if machine:

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -79,6 +80,13 @@ def progress(title: str, *, quiet: bool) -> Iterator[Callable[[Mapping[str, Any]
                 err.print(f"[yellow]{escape(event['dropout'])} dropped out:[/] {escape(event['reason'])}")
 
         yield tell
+
+
+def report(path: Path, result: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+    """Write report.html. What draws is imported only now: no other command should wait for it."""
+    from atoll.report.html import write_report
+
+    write_report(path, result, details)
 
 
 def size(number: int) -> str:

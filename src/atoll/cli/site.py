@@ -15,6 +15,7 @@ from atoll.contract.errors import IntegrityError, PlanError
 from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
 from atoll.crypto.identity import fingerprint
+from atoll.crypto.pki import certificate_fingerprint
 from atoll.data.sources import SourceSpec, read_source
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import SiteHome
@@ -37,12 +38,17 @@ def init(
     """Join a federation with a token: keys are made here, and only a signing request leaves."""
     sources = {}
     for item in dataset:
-        name, _, path = item.partition("=")
+        name, equals, path = item.partition("=")
+        if not (name and equals and path):
+            raise PlanError(
+                "site.bad-dataset", "a data set is given as NAME=FILE", field="dataset", remedy="--dataset NAME=FILE"
+            )
         sources[name] = SourceSpec(path=str(Path(path).absolute()))
     text = typer.get_text_stream("stdin").read() if token == "-" else token  # noqa: S105
     made = asyncio.run(SiteHome.create(home, text, sources))
     show.out.print(f"site [bold]{made.config.name}[/] set up in {home}")
     show.out.print(f"identity {fingerprint(made.identity.public)}  (tell the other sites' operators, out of band)")
+    show.out.print(f"CA fingerprint {certificate_fingerprint(made.ca_pem)}  (the coordinator's operator sees the same)")
     show.out.print(f"next: look at {home}/policy.yaml and {home}/site.yaml, then: atoll site up --home {home}")
 
 

@@ -77,7 +77,7 @@ def run_sandbox(
         else:
             store, run = _run_grpc(plan, sources, base, Path(scratch), ledgers, tell)
         result, arrays = store.result(run)
-        exported = {path.stem: path for path in ledgers.glob("*.jsonl")}
+        exported = {path.stem: path for path in sorted(ledgers.glob("*.jsonl"))}
         shown = details(plan, store.metrics(run), store.rounds(run), exported)
         store.close()
     shown["curves"] = result.pop("curves", {})
