@@ -373,7 +373,7 @@ def test_seed_and_errors_for_machines(study: Study) -> None:
 
 def test_programs_one_line_each() -> None:
     lines = atoll("programs").stdout.splitlines()
-    shown = json.loads(CliRunner().invoke(app, ["programs", "--json"]).stdout)
+    shown = json.loads(atoll("programs", "--json").stdout)
     assert {line.split("@")[0] for line in lines} == set(shown)
     assert {"horizontal.fedavg", "horizontal.glm", "statistics.describe", "statistics.evaluation"} <= set(shown)
     for line in lines:
