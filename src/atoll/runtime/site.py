@@ -21,7 +21,7 @@ import numpy as np
 
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
 from atoll.contract.plan import Plan
-from atoll.contract.program import build, handler_of
+from atoll.contract.program import Program, build, handler_of
 from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
@@ -65,6 +65,7 @@ class _Opened:
     hash: str
     roster: str
     permitted: Permitted
+    program: dict[bytes, Program] = field(default_factory=dict)
     table: Table | None = None
     views: dict[bytes, tuple[Table, Table]] = field(default_factory=dict)
 
@@ -142,7 +143,7 @@ class Site:
                 remedy="tell the coordinator's operator: this site's identity was replaced",
             )  # fmt: skip
         self._await_approval(run, roster, progress)
-        if self._journal.status(run) == "approved":  # else a coordinator that was restarted asks again
+        if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
             with self._lock(run):
                 rows = sum(len(part) for part in self._prepared(self._opened(run), {}))
             self._journal.set_setting(f"rows {run}", str(rows))
@@ -203,10 +204,7 @@ class Site:
     ) -> Message:
         """Run the handler that the task names, and let its reply out through the gate."""
         meta, opened = message.meta, self._opened(task.run)
-        plan = opened.plan
-        program = build(str(meta["program"]), meta["params"])
-        opened.permitted.check(program)
-        self._policy.check_program(program.name, program.version)
+        program = self._program(opened, str(meta["program"]), meta["params"])
         if program.version != meta["version"]:
             raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
         handler = handler_of(program, str(meta["name"]))
@@ -222,7 +220,7 @@ class Site:
             progress({"done": done, "total": total})
 
         view = _View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share)
-        seed = hashlib.sha256(f"atoll shuffle\0{plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
+        seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
         reply = handler.answer(program, view, Task(task, message.arrays, words))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
@@ -237,8 +235,18 @@ class Site:
             opened.roster,
             question_digest(message),
         )
-        protection = find(plan.protection if handler.reduce == "sum" else "plain")
+        protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
         return self._gate.release(asked, reply, protection, state if changed else None, receipts)
+
+    def _program(self, opened: _Opened, name: str, params: Json) -> Program:
+        """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
+        key = canonical_json([name, params])
+        if key not in opened.program:
+            program = build(name, params)
+            opened.permitted.check(program)
+            self._policy.check_program(program.name, program.version)
+            opened.program = {key: program}
+        return opened.program[key]
 
     def _lock(self, run: str) -> threading.Lock:
         """Tasks of one run are answered one after another."""
