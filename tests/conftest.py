@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from atoll.contract.disclosure import Rule, judged
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.rounds import (
@@ -287,6 +288,7 @@ def _drive(
     absent: Callable[[int], Sequence[str]] = lambda _: (),
     first_round: int = 0,
     check_bounds: bool = True,
+    rule: Rule = Rule(),  # noqa: B008
 ) -> Driven:
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
     desks = {n: Desk(n, t, (holdouts or empty)[n]) for n, t in tables.items()}
@@ -310,7 +312,8 @@ def _drive(
             for name in asked:
                 sent = {k: np.asarray(v) for k, v in {**item.send, **item.send_to.get(name, {})}.items()}
                 task = Task(TaskId("0" * 32, number, 0, "reply", name), sent, (number, *name.encode()))
-                reply = handler_of(made, item.name).answer(made, desks[name], task)
+                handler = handler_of(made, item.name)
+                reply = judged(handler.answer(made, desks[name], task), handler.cells, rule)
                 replies[name] = as_arrays(reply, item.reply)
                 if check_bounds:
                     _within_bounds(item, replies[name])

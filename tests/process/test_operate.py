@@ -288,6 +288,25 @@ def test_broken_table_is_refused_and_its_value_stays(federation: Any, wait_until
 
 
 @pytest.mark.slow
+def test_several_sites_refuse(federation: Any, wait_until: Any) -> None:
+    before = {name: federation.data(name).read_text() for name in ("beta", "gamma")}
+    try:
+        for name, column in (("beta", "age"), ("gamma", "weight")):
+            federation.data(name).write_text(before[name].replace(column, f"{column}s", 1))
+        run = federation.submit("several", params=SHORT)
+        note = federation.await_status(run, "failed")["note"]
+    finally:
+        for name, text in before.items():
+            federation.data(name).write_text(text)
+    heard = wait_until(lambda: ended(federation, "alpha", run), "the end at alpha")[1]
+    for told in (note, heard):
+        assert "2 problems" in told and f"[trace {run}]" in told, told
+        for place in ("site beta", "site gamma", "(age)", "(weight)"):
+            assert place in told, f"{place} is not in {told}"
+    assert "did the table rename it to 'ages'?" in ended(federation, "beta", run)[1]
+
+
+@pytest.mark.slow
 def test_table_deleted_while_running(federation: Any, wait_until: Any) -> None:
     place = federation.data("gamma")
     kept = place.read_bytes()

@@ -33,6 +33,7 @@ class Doubled:
     """A stand-in for a protection: what leaves is not what was given."""
 
     name = "doubled"
+    reveals = True
     capabilities = Capabilities("doubled")
 
     def __init__(self) -> None:

@@ -54,6 +54,10 @@ class AtollError(Exception):
         record = {"error": type(self).__name__, "code": self.code, "field": self.field, "remedy": self.remedy}
         return {**record, "parts": [part.public() for part in self.parts[:MAX_PARTS]]}
 
+    def told(self) -> dict[str, Any]:
+        """As other parties of a run are told of it: :meth:`public`, and where it happened, of each part."""
+        return {**self.public(), **self.where, "parts": [part.told() for part in self.parts[:MAX_PARTS]]}
+
     @staticmethod
     def from_public(record: dict[str, Any], **where: Any) -> AtollError:
         """Rebuild the error another party reported through :meth:`public`, whatever it sent.

@@ -27,10 +27,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar, cast
 
+import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from atoll.contract.capabilities import Capabilities
+from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.rounds import Reply, Round, Steps, Task, Yielded
 from atoll.contract.schema import TableSchema
@@ -55,6 +57,10 @@ class TableView(Protocol):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         """One column, [num_rows]; raises SchemaError if there is none of that name."""
+
+    def codes(self, name: str) -> NDArray[np.int32]:
+        """A column with a code list as indices into the schema's *values*, [num_rows], −1 where missing;
+        raises SchemaError if the schema lists no values for it."""
 
     def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
         """Numeric columns *names* as float64 matrices [≤ size, len(names)], in row order."""
@@ -88,11 +94,13 @@ class SiteView(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """The coordinator half's view of a run: who takes part, and the prepared tables' schema."""
+    """The coordinator half's view of a run: who takes part, the prepared tables' schema, and the fewest
+    people that the plan lets it report in one cell."""
 
     sites: tuple[str, ...]
     schema: TableSchema
     seed: int = 0
+    min_group_size: int = 1
 
 
 class Program(Protocol):
@@ -112,12 +120,14 @@ class Handler:
     """A site handler as its own code declares it; a coordinator cannot ask for it in another way.
 
     reduce: the reduction its replies are meant for. groups: reply fields that count people, to
-    each element of which the site's minimum group size applies.
+    each element of which the site's minimum group size applies: one that is too small stops the release.
+    cells: tables of the reply whose single cells are withheld instead.
     """
 
     answer: Callable[[Any, SiteView, Task], Reply]
     reduce: str
     groups: frozenset[str]
+    cells: tuple[Cells, ...] = ()
 
 
 REGISTRY: dict[str, type[Any]] = {}
@@ -137,12 +147,18 @@ def relay(steps: Steps, stamp: Callable[[Round], Round]) -> Steps:
 
 
 def handler(
-    name: str, *, reduce: Literal["sum", "gather", "stream"] = "sum", groups: tuple[str, ...] = ()
+    name: str,
+    *,
+    reduce: Literal["sum", "gather", "stream"] = "sum",
+    groups: tuple[str, ...] = (),
+    cells: Cells | tuple[Cells, ...] = (),
 ) -> Callable[[H], H]:
     """Mark a method as the site's answer to rounds called *name* (see :class:`Handler`)."""
 
+    tables = (cells,) if isinstance(cells, Cells) else cells
+
     def mark(method: H) -> H:
-        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups)))
+        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables))
         return method
 
     return mark

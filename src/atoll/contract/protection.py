@@ -46,6 +46,8 @@ class Protection(Protocol):
 
     name: str
     capabilities: Capabilities
+    reveals: bool
+    """Does the coordinator see each site's share? Then the site's gate applies disclosure control to it."""
 
     def combine(self, asked: Round, sites: Sequence[str]) -> Generator[Exchange, Replies, Summed]:
         """Coordinator half: yields exchanges, is sent the replies, returns the sum."""

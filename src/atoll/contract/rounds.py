@@ -111,6 +111,11 @@ def count(shape: int | tuple[int, ...] = (), *, bound: int | None = None) -> Fie
     return Field("<i8", _shape(shape), bound, 1)
 
 
+def withheld(shape: int | tuple[int, ...] = ()) -> Field:
+    """The field in which a site's gate marks cells that it withheld (see ``contract.disclosure.Cells``)."""
+    return Field("|u1", _shape(shape), 1, 1)
+
+
 def opaque(limit_bytes: int) -> Field:
     """A byte string (uint8, any length up to *limit_bytes*), such as a sealed envelope."""
     return Field("|u1", (None,), 255, 1, limit_bytes=limit_bytes)

@@ -39,6 +39,23 @@ class Table:
                 remedy=f"did you mean {near[0]!r}?" if near else "check the plan's column names against the schema",
             ) from None
 
+    def codes(self, name: str) -> NDArray[np.int32]:
+        """A column with a code list as indices into the schema's *values*, [num_rows], −1 where missing."""
+        column = self[name]
+        values = self.schema.columns[name].values
+        if values is None:
+            raise SchemaError(
+                "schema.no-values", f"column {name!r} has no list of values", field=name,
+                remedy="list its values in the schema, or bin it in the recipe",
+            )  # fmt: skip
+        if column.dtype == object:
+            place = {value: i for i, value in enumerate(values)}
+            return np.fromiter((place.get(cell, -1) for cell in column), np.int32, len(column))
+        found = np.full(len(column), -1, np.int32)
+        for i, value in enumerate(values):
+            found[column == value] = i
+        return found
+
     def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
         """Numeric columns *names* as float64 matrices [≤ size, len(names)], in row order."""
         columns = [self[name] for name in names]

@@ -45,6 +45,7 @@ class Plain:
     """See the module's docstring."""
 
     name = "plain"
+    reveals = True
     capabilities = Capabilities("protection 'plain'", offers=frozenset({"sum", "gather", "stream"}))
 
     def combine(self, asked: Round, sites: Sequence[str]) -> Generator[Exchange, Replies, Summed]:

@@ -285,7 +285,7 @@ class _Run:
         """Store how the run ended, then tell every site, with the receipts it is still owed. Sites that
         cannot be told now are told when they come back."""
         self.flights.cancel()
-        store, public = self.owner.store, {**error.public(), **error.where} if error is not None else None
+        store, public = self.owner.store, error.told() if error is not None else None
         store.end_run(self.run, status, note, tuple(self.roster), public, result)
         reachable = self.owner.transport.sites()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from atoll.contract.disclosure import Cells, Rule, judged
 from atoll.contract.errors import DisclosureError, PolicyError
 from atoll.contract.protection import Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
@@ -37,6 +38,7 @@ class Request:
     plan: str
     roster: str
     question: str = ""
+    cells: tuple[Cells, ...] = ()
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
@@ -74,7 +76,8 @@ class EgressGate:
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
-        arrays = as_arrays(reply, asked.fields)
+        told = judged(reply, asked.cells, self._policy.rule() if protection.reveals else Rule())
+        arrays = as_arrays(told, asked.fields)
         for name, declared in asked.fields.items():
             declared.check_finite(name, arrays[name], undefined=asked.reduce == "gather")
         self._check_groups(arrays, asked.groups)

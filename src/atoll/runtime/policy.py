@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from atoll.contract.disclosure import TOP, Rule
 from atoll.contract.errors import AtollError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
@@ -21,7 +22,10 @@ class Policy(BaseModel):
     programs: names that may run here, optionally ``name@version``; ``*`` matches any text.
     purposes: values of the plan's *purpose*. protections: how a Sum may be made; ``plain``
     lets the coordinator see this site's own share and must be written to be allowed.
-    min_group_size: fewest people behind any released count of people.
+    min_group_size: fewest people behind any released count of people, or cell of a table.
+    dominant_people, dominant_share: a cell is withheld where so few people make more than that
+    share of its total. repeats: "refuse" an exact query that was asked before over rows that
+    differ by fewer than min_group_size (or, under a protection, over a cohort that differs by one site).
     min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
     share: own values that may leave un-summed. approval: "manual" asks the operator
     about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
@@ -34,12 +38,19 @@ class Policy(BaseModel):
     purposes: tuple[str, ...] = ("research",)
     protections: tuple[str, ...] = ("secagg", "paillier", "ckks")
     min_group_size: int = Field(default=5, ge=1)
+    dominant_people: int = Field(default=2, ge=1, le=TOP)
+    dominant_share: float = Field(default=0.85, gt=0, le=1)
+    repeats: Literal["refuse", "allow"] = "refuse"
     min_sites: int = Field(default=3, ge=1)
     share: tuple[Shareable, ...] = ()
     approval: Literal["manual", "automatic"] = "manual"
     roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
+
+    def rule(self) -> Rule:
+        """What the gate withholds."""
+        return Rule(self.min_group_size, self.dominant_people, self.dominant_share)
 
     @staticmethod
     def load(path: Path) -> Policy:
@@ -51,6 +62,7 @@ class Policy(BaseModel):
         """For trials on one's own data in one's own process: everything is allowed."""
         return Policy(
             programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
+            dominant_share=1.0, repeats="allow",
             share=("rows", "metrics"), approval="automatic",
             roster="automatic",
         )  # fmt: skip
@@ -67,6 +79,8 @@ class Policy(BaseModel):
             )
         if num_sites < self.min_sites:
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
+        if plan.run.min_group_size < self.min_group_size:
+            problems.append(_refused("policy.min-group-size", "the plan would report smaller groups", "min_group_size"))
         try:
             if version is not None:
                 self.check_program(plan.program, version)

@@ -234,6 +234,7 @@ class Site:
             opened.hash,
             opened.roster,
             question_digest(message),
+            handler.cells,
         )
         protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
         return self._gate.release(asked, reply, protection, state if changed else None, receipts)

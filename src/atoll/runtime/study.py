@@ -71,14 +71,16 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
         statistics: Mapping[str, Any] = {}
         if describe is not None:
             at = prepared.schema(schema, [n for n in stage if n < _first_fit(prepared, stage)])
-            found = yield from _staged(describe.coordinate(Cohort(sites, at, plan.run.seed)), "prepare", view)
+            found = yield from _staged(
+                describe.coordinate(Cohort(sites, at, plan.run.seed, plan.run.min_group_size)), "prepare", view
+            )
             statistics = found["columns"]
         for number in stage:
             view[str(number)] = prepared.steps[number].fit(statistics)
         schema = prepared.schema(schema, stage)
     if start is not None:
         yield Checkpoint(start)
-    cohort = Cohort(sites, schema, plan.run.seed)
+    cohort = Cohort(sites, schema, plan.run.seed, plan.run.min_group_size)
     result = yield from _staged(program.coordinate(cohort, start), "program", view)
     outcome = {"result": result, "fitted": view, "evaluation": None}
     evaluation = _evaluation(plan, program, schema)
