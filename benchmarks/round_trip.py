@@ -30,6 +30,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.wire import Message
 from atoll.crypto import pki
 from atoll.crypto.identity import Identity
+from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.coordinator import Coordinator
@@ -57,9 +58,9 @@ def plan(program: str, **params: Any) -> Plan:
     return Plan.from_json({**PLAN, "program": program, "params": params})
 
 
-def table(of: Plan) -> Table:
+def table(of: Plan) -> SiteData:
     """A site's table; no benchmark reads it."""
-    return Table(of.table, {"x": np.zeros(8)})
+    return SiteData.of(Table(of.table, {"x": np.zeros(8)}), of, "site")
 
 
 def pair_for(ca: pki.CertificateAuthority, site: str) -> tuple[bytes, bytes]:

@@ -37,7 +37,8 @@ from atoll.contract.rounds import (
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Message, encode_bytes
 from atoll.crypto.identity import Identity, verify
-from atoll.data.sources import SourceSpec, read_source
+from atoll.data.site_data import SiteData
+from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import Verified, verify_file, verify_together
 from atoll.runtime.catalogue import load_installed
@@ -140,17 +141,17 @@ class Federation:
             self.store.invite(name, "a" * 64, 2**31 - 1)
             self.store.enrol(name, "a" * 64, identity.public.hex(), "")
             policy = (policies or {}).get(name) or Policy.sandbox()
-            data = self._reader(source, base or self.home)
+            data = self._reader(name, source, base or self.home)
             self.sites[name] = Site(identity, journal, policy, data, self.coordinator.public)
             self.journals[name] = journal
         self.start_transport()
         return self
 
     @staticmethod
-    def _reader(source: Table | SourceSpec, base: Path) -> Callable[[Plan], Table]:
+    def _reader(name: str, source: Table | SourceSpec, base: Path) -> Callable[[Plan], SiteData]:
         if isinstance(source, Table):
-            return lambda _: source
-        return lambda plan: read_source(source, plan.table, base)
+            return lambda plan: SiteData.of(source, plan, name)
+        return lambda plan: SiteData.read(source, plan, base, name)
 
     def start_coordinator(self) -> None:
         """Open store and ledger: also what a coordinator does that starts again after a crash."""
@@ -259,6 +260,7 @@ class Desk:
     holdout: Table
     share: tuple[str, ...] = ("rows", "metrics")
     state: dict[str, Any] = field(default_factory=dict)
+    min_group_size: int = 1
 
     def progress(self, done: float, total: float) -> None:
         """Nobody watches."""
@@ -291,7 +293,8 @@ def _drive(
     rule: Rule = Rule(),  # noqa: B008
 ) -> Driven:
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
-    desks = {n: Desk(n, t, (holdouts or empty)[n]) for n, t in tables.items()}
+    small = rule.min_group_size
+    desks = {n: Desk(n, t, (holdouts or empty)[n], min_group_size=small) for n, t in tables.items()}
     driven, value, in_flight = Driven(), None, []
     while True:
         try:

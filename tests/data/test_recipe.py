@@ -11,7 +11,8 @@ import pytest
 from atoll.contract.errors import PlanError
 from atoll.contract.plan import Recipe
 from atoll.contract.schema import Column, TableSchema
-from atoll.data.recipe import Prepared, with_hold_out
+from atoll.data.recipe import Prepared
+from atoll.data.site_data import SiteData
 from atoll.data.table import concatenate
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,8 @@ def test_threshold_keeps_what_the_column_was_for() -> None:
 def test_impute_fills_with_what_was_fitted(federation: Any) -> None:
     recipe = prepared({"step": "impute", "columns": ["a", "c"], "with": "mean"})
     table = rows(federation, a=[1, NAN, 3], c=[NAN, 1, 2])
-    view = {"0": recipe.steps[0].fit({"a": {"count": 5, "mean": 7.25}, "c": {"count": 5, "mean": 1.5}})}
+    found = {"a": {"count": 5, "mean": 7.25}, "c": {"count": 5, "mean": 1.5}}
+    view = {"0": recipe.fit([0], {n: {"columns": found} for n in recipe.needs([0])})["0"]}
     json.dumps(view)  # it travels
     filled = recipe.apply(table, view)
     assert filled["a"].tolist() == [1, 7.25, 3]
@@ -118,9 +120,10 @@ def test_recipes_that_cannot_work_are_refused_without_data(step: dict[str, Any],
 
 
 def test_nothing_to_impute_from_is_an_error() -> None:
-    step = prepared({**IMPUTE, "columns": ["a", "b"]}).steps[0]
+    recipe = prepared({**IMPUTE, "columns": ["a", "b"]})
+    found = {"columns": {"a": {"count": 3, "mean": 1.0}, "b": {"count": 0, "mean": NAN}}}
     with pytest.raises(PlanError) as caught:
-        step.fit({"a": {"count": 3, "mean": 1.0}, "b": {"count": 0, "mean": NAN}})
+        recipe.fit([0], dict.fromkeys(recipe.needs([0]), found))
     assert (caught.value.code, caught.value.field) == ("recipe.nothing-to-impute", "b")
 
 
@@ -147,8 +150,8 @@ def test_a_federated_recipe_equals_the_pooled_one(federation: Any, steps: list[A
         "statistics.describe", {}, tables, recipe={"steps": steps}, run={"holdout": 0.25, "seed": 3, "evaluate": False}
     )
     outcome = federation.run(plan, tables)
-    recipe, split = Prepared(plan.recipe), {name: with_hold_out(table, plan, name) for name, table in tables.items()}
-    pooled = concatenate([recipe.apply(table, outcome["fitted"]).parts()[0] for table in split.values()])
+    split = {name: SiteData.of(table, plan, name) for name, table in tables.items()}
+    pooled = concatenate([data.parts(outcome["fitted"])[0] for data in split.values()])
     described = outcome["result"]["columns"]
     assert set(described) == set(pooled.schema.numeric_columns())
     for name, found in described.items():
@@ -156,7 +159,7 @@ def test_a_federated_recipe_equals_the_pooled_one(federation: Any, steps: list[A
         assert found["count"] == len(values)
         assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
     # the recipe by hand, on pooled training rows
-    training = concatenate([table.parts()[0] for table in split.values()])
+    training = concatenate([tables[name].rows(~data.base().held_out) for name, data in split.items()])
     columns = {n: v.copy() for n, v in training.columns.items()}
     for step in steps:
         if step["step"] == "threshold":

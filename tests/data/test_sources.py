@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from atoll.contract.errors import AtollError, SchemaError
 from atoll.contract.schema import Column, TableSchema
-from atoll.data.sources import SourceSpec, read_source
+from atoll.data.check import checked
+from atoll.data.engine import Engine
+from atoll.data.sources import SourceSpec, known_columns, open_source
 from atoll.data.table import Table
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -38,6 +40,10 @@ DIGITS = "31977"
 
 def schema_of(columns: Mapping[str, Any] = COLUMNS, **more: Any) -> TableSchema:
     return TableSchema(name="test", columns={name: Column(**column) for name, column in columns.items()}, **more)
+
+
+def read_source(spec: SourceSpec, schema: TableSchema, base: Path) -> Table:
+    return checked(known_columns(open_source(spec, schema, base, Engine()), spec)).to_table()
 
 
 def read(folder: Path, content: str | bytes, schema: TableSchema | None = None, **spec: Any) -> Table:

@@ -20,6 +20,7 @@ from atoll.contract.program import REGISTRY, Cohort, Handler, ProgramParams, Sit
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Stream, Sum, Task, count, real
 from atoll.contract.wire import Message, decode, encode_bytes
 from atoll.crypto.identity import Identity
+from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
@@ -647,7 +648,11 @@ def test_a_site_that_starts_again_between_rounds_is_where_it_was(federation: Any
     journal = Journal(federation.home / "s1.db", "s1", identity.public, identity.sign)
     federation.journals["s1"] = journal
     federation.sites["s1"] = Site(
-        identity, journal, Policy.sandbox(), lambda _: tables["s1"], federation.coordinator.public
+        identity,
+        journal,
+        Policy.sandbox(),
+        lambda plan: SiteData.of(tables["s1"], plan, "s1"),
+        federation.coordinator.public,
     )
     federation.start_coordinator()
     federation.start_transport()

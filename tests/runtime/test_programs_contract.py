@@ -41,8 +41,11 @@ def _learner(family: str, target: str, **more: Any) -> dict[str, Any]:
 
 WEIGHTS = {"weights": np.array([0.1, 0.5, -0.3])}
 EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
+    ("statistics.preparation", {"reasons": ["duplicate rows"]}, None),
     ("statistics.describe", {}, None),
     ("statistics.describe", {"columns": ["b"], "bins": 4, "tail_rows": 2}, None),
+    ("statistics.quantiles", {"error": 1e-3, "bins": 16}, None),
+    ("statistics.frequency", {"edges": {"a": [-1, 0, 0.5]}}, None),
     ("statistics.evaluation", {"model": _model("logistic", "binary")}, WEIGHTS),
     ("statistics.evaluation", {"model": _model("poisson", "count"), "own": False}, WEIGHTS),
     ("horizontal.glm", _learner("logistic", "binary"), None),

@@ -14,8 +14,8 @@ from atoll.cli import demo_data, show
 from atoll.contract.errors import AtollError, PlanError, SchemaError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import verify
-from atoll.data.recipe import Prepared
-from atoll.data.sources import SourceSpec, read_source
+from atoll.data.site_data import SiteData
+from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.runtime.catalogue import load_installed
@@ -62,7 +62,7 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     sound, labels = not problems, dict[str, set[float]]()
     for name, spec in sources.items():
         try:
-            table = read_source(spec, plan.table, base)
+            table = SiteData.read(spec, plan, base, name).base()
             if sound:
                 labels[name] = _labels(plan, table)
             found["sites"][name] = {"rows": len(table), "ok": True}
@@ -87,11 +87,10 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
 
 def _labels(plan: Plan, table: Table) -> set[float]:
     """The values of the program's target, as far as the recipe yields it without statistics."""
-    ready = Prepared(plan.recipe).apply(table, {})
     target = str(plan.params.get("target", ""))
-    if target not in ready.columns or not ready.schema.columns[target].numeric:
+    if target not in table.columns or not table.schema.columns[target].numeric:
         return set()
-    values = set(np.unique(ready[target][~np.isnan(ready[target])]).tolist())
+    values = set(np.unique(table[target][~np.isnan(table[target])]).tolist())
     if not values:
         raise SchemaError(
             "schema.no-labels", f"column {target!r}: every label is missing", field=target,
@@ -177,7 +176,7 @@ def demo(
     load_installed()
     plans, sources = demo_data.write(out)
     for name, spec in sources.items():
-        table = read_source(spec, plans["model"].table, out)
+        table = SiteData.read(spec, plans["model"], out, name)
         if not machine:
             show.out.print(f"[green]✓[/] {name}: {len(table)} patients, its table keeps the data contract")
     with show.progress("statistics", quiet=machine) as tell:

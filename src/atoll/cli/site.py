@@ -16,7 +16,8 @@ from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
 from atoll.crypto.identity import fingerprint
 from atoll.crypto.pki import certificate_fingerprint
-from atoll.data.sources import SourceSpec, read_source
+from atoll.data.site_data import SiteData
+from atoll.data.sources import SourceSpec
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import SiteHome
 from atoll.runtime.journal import OPEN, Journal
@@ -76,7 +77,8 @@ def check(
     load_installed()
     plan = Plan.load(plan_file)
     if source is not None:
-        table = read_source(validate(SourceSpec, read_yaml(source, "source"), "source"), plan.table, source.parent)
+        spec = validate(SourceSpec, read_yaml(source, "source"), "source")
+        table = SiteData.read(spec, plan, source.parent, source.stem)
     else:
         site = SiteHome(home)
         site.policy.check_plan(plan, plan.cohort.min_sites, check_plan(plan).version)

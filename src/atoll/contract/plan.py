@@ -33,9 +33,11 @@ class _Part(BaseModel):
 
 
 class Recipe(_Part):
-    """Preparation, the same at every site: an ordered list of ``{step: name, …options}``."""
+    """Preparation, the same at every site: ordered lists of ``{step: name, …options}``. clean: what makes a
+    site's table keep the contract, before it is checked. steps: what is made of it afterwards."""
 
     version: str = "1"
+    clean: tuple[Options, ...] = ()
     steps: tuple[Options, ...] = ()
 
 

@@ -53,6 +53,10 @@ class TableView(Protocol):
     def schema(self) -> TableSchema:
         """The prepared table's schema."""
 
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """Rows that preparation left out, by reason."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -84,6 +88,10 @@ class SiteView(Protocol):
     @property
     def state(self) -> dict[str, Array]:
         """Per-run state of this program, saved together with the release it led to."""
+
+    @property
+    def min_group_size(self) -> int:
+        """Fewest people behind a number of this site alone that others see; 1 where they see only sums."""
 
     def progress(self, done: float, total: float) -> None:
         """Tell that work goes on (it extends the deadline) and stop here if the run was cancelled."""

@@ -13,14 +13,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DType = Literal["real", "integer", "text", "date"]
+DType = Literal["real", "integer", "text", "date", "datetime", "image"]
 Role = Literal["feature", "label", "entity", "time", "ignore"]
 
 
 class Column(BaseModel):
     """One column.
 
-    dtype: real, integer, text (a code) or date. unit: as people write it ("mmHg").
+    dtype: real, integer, text (codes, or free text), date, datetime (UTC) or image (8 bits a value).
+    unit: as people write it ("mmHg"). shape: of an image, [height, width] or [height, width, channels].
+    grain: of dates and datetimes, the step they keep to ("1d", "1h", "15min").
     range: [lowest, highest] plausible value, inclusive, in *unit*; mandatory for numbers
         without a code list, because bounds on what leaves a site derive from it.
     values: the code list; anything else breaks the contract.
@@ -37,6 +39,8 @@ class Column(BaseModel):
     values: tuple[int | float | str, ...] | None = None
     null_values: tuple[int | float | str, ...] = ()
     missing: Literal["allow", "forbid"] = "allow"
+    shape: tuple[int, ...] | None = None
+    grain: str | None = Field(default=None, pattern=r"^[1-9][0-9]*(d|h|min|s)$")
     description: str = ""
 
     @model_validator(mode="after")
@@ -44,6 +48,10 @@ class Column(BaseModel):
         numeric = self.dtype in ("real", "integer")
         if self.range is not None and not (numeric and self.range[0] < self.range[1]):
             raise ValueError("range needs a numeric dtype and [lowest, highest] with lowest < highest")
+        if (self.dtype == "image") != (self.shape is not None and 2 <= len(self.shape) <= 3):
+            raise ValueError("an image (and nothing else) needs a shape [height, width] or [height, width, channels]")
+        if self.grain is not None and self.dtype not in ("date", "datetime"):
+            raise ValueError("grain is for dates and datetimes")
         if self.values is not None and not self.values:
             raise ValueError("values must list at least one code")
         if numeric and self.values is not None and any(isinstance(v, str) for v in self.values):

@@ -1,11 +1,11 @@
-"""A site's prepared table in memory: numpy columns under a schema, split into training and held-out rows."""
+"""A site's prepared table: numpy columns under a schema, split into training and held-out rows."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,22 @@ from numpy.typing import NDArray
 
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
+from atoll.data.columns import Selected, Stored
 
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length: float64 (NaN = missing) for numbers, str objects (None = missing)
-    for text, datetime64[D] (NaT = missing) for dates; *held_out* marks rows kept for evaluation, [num_rows]."""
+    """Columns of equal length, as :mod:`atoll.data.columns` says; *held_out* marks rows kept for
+    evaluation, [num_rows]; *dropped* counts the rows that preparation left out, by reason."""
 
     schema: TableSchema
-    columns: dict[str, NDArray[Any]]
+    columns: Mapping[str, NDArray[Any]]
     held_out: NDArray[np.bool_] | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        if self.held_out is not None:
+            return len(self.held_out)
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -41,13 +45,15 @@ class Table:
 
     def codes(self, name: str) -> NDArray[np.int32]:
         """A column with a code list as indices into the schema's *values*, [num_rows], −1 where missing."""
-        column = self[name]
-        values = self.schema.columns[name].values
+        values = self.schema.columns[name].values if name in self.columns else ()
         if values is None:
             raise SchemaError(
                 "schema.no-values", f"column {name!r} has no list of values", field=name,
                 remedy="list its values in the schema, or bin it in the recipe",
             )  # fmt: skip
+        if isinstance(self.columns, Stored | Selected) and self.schema.columns[name].dtype == "text":
+            return self.columns.raw(name)
+        column = self[name]
         if column.dtype == object:
             place = {value: i for i, value in enumerate(values)}
             return np.fromiter((place.get(cell, -1) for cell in column), np.int32, len(column))
@@ -65,7 +71,12 @@ class Table:
     def rows(self, mask: NDArray[np.bool_]) -> Table:
         """The rows where *mask* is True, in order."""
         held_out = None if self.held_out is None else self.held_out[mask]
-        return Table(self.schema, {name: column[mask] for name, column in self.columns.items()}, held_out)
+        columns: Mapping[str, NDArray[Any]]
+        if isinstance(self.columns, dict):
+            columns = {name: column[mask] for name, column in self.columns.items()}
+        else:
+            columns = self.columns if mask.all() else Selected(self.columns, mask)
+        return Table(self.schema, columns, held_out, self.dropped)
 
     def parts(self) -> tuple[Table, Table]:
         """(training rows, held-out rows)."""
@@ -75,7 +86,7 @@ class Table:
 
 def concatenate(tables: Sequence[Table]) -> Table:
     """The rows of all *tables* (one schema), in order: what a pooled study would see."""
-    names = tables[0].columns
+    names = list(tables[0].columns)
     held = [np.zeros(len(t), bool) if t.held_out is None else t.held_out for t in tables]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in names}
     return Table(tables[0].schema, columns, np.concatenate(held))

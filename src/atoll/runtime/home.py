@@ -24,8 +24,8 @@ from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto import pki
 from atoll.crypto.identity import Identity, check_private, write_private
-from atoll.data.sources import SourceSpec, read_source
-from atoll.data.table import Table
+from atoll.data.site_data import SiteData
+from atoll.data.sources import SourceSpec
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.store import RunStore
@@ -36,7 +36,10 @@ POLICY_TEMPLATE = """\
 programs: ["statistics.*", "horizontal.*"]   # names that may run here, optionally name@version
 purposes: [research]                         # what studies may be for
 protections: [secagg, paillier, ckks]        # add "plain" to let the coordinator see this site's own sums
-min_group_size: 5                            # fewest people behind a released count
+min_group_size: 5                            # fewest people behind a released count, or cell of a table
+dominant_people: 2                           # a cell is withheld where so few people …
+dominant_share: 0.85                         # … make more than this share of its total
+repeats: refuse                              # the same exact query over nearly the same rows (or: allow)
 min_sites: 3                                 # fewest sites in a study
 share: []                                    # own values that may leave un-summed: rows, metrics
 approval: manual                             # ask the operator about every study (or: automatic)
@@ -177,6 +180,7 @@ class SiteHome:
         self.identity = Identity.load(self.config.name, folder / "identity.key")
         self.policy = Policy.load(folder / "policy.yaml")
         self.ca_pem = (folder / "ca.pem").read_bytes()
+        self.scratch = folder / "scratch"
 
     @staticmethod
     async def create(
@@ -223,14 +227,14 @@ class SiteHome:
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         return Journal(path, self.identity.name, self.identity.public, self.identity.sign)
 
-    def data(self, plan: Plan) -> Table:
-        """The table a plan names, checked; raises SchemaError."""
+    def data(self, plan: Plan) -> SiteData:
+        """The table a plan names, checked and prepared; raises SchemaError."""
         if plan.dataset not in self.config.datasets:
             raise PlanError(
                 "site.no-dataset", f"the site has no data set {plan.dataset!r}", field="dataset",
                 remedy="add it under 'datasets' in the site's site.yaml",
             )  # fmt: skip
-        return read_source(self.config.datasets[plan.dataset], plan.table, self.folder)
+        return SiteData.read(self.config.datasets[plan.dataset], plan, self.folder, self.config.name, self.scratch)
 
     def pair(self) -> tuple[bytes, bytes]:
         """The TLS key and certificate; raises IntegrityError when it has expired."""

@@ -28,9 +28,10 @@ from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto.identity import Identity
 from atoll.crypto.pki import check_name
-from atoll.data.recipe import with_hold_out
-from atoll.data.sources import SourceSpec, read_source
-from atoll.data.table import Table, concatenate
+from atoll.data.recipe import Prepared
+from atoll.data.site_data import SiteData
+from atoll.data.sources import SourceSpec
+from atoll.data.table import concatenate
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.coordinator import Coordinator, Event
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
@@ -66,7 +67,7 @@ def run_sandbox(
     settle()
     check_plan(plan)
     tell = on_event or (lambda _: None)
-    tables = {site: with_hold_out(_read(site, spec, plan, base), plan, site) for site, spec in sources.items()}
+    tables = {site: _read(site, spec, plan, base) for site, spec in sources.items()}
     ledgers = out / "ledger"
     ledgers.mkdir(parents=True, exist_ok=True)
     for old in ledgers.glob("*.jsonl"):
@@ -88,9 +89,9 @@ def run_sandbox(
     return result, shown
 
 
-def _read(site: str, spec: SourceSpec, plan: Plan, base: Path) -> Table:
+def _read(site: str, spec: SourceSpec, plan: Plan, base: Path) -> SiteData:
     try:
-        return read_source(spec, plan.table, base)
+        return SiteData.read(spec, plan, base, site)
     except AtollError as error:
         raise error.at(site=site) from None
 
@@ -99,7 +100,7 @@ def _read(site: str, spec: SourceSpec, plan: Plan, base: Path) -> Table:
 
 
 def _run_local(
-    plan: Plan, tables: Mapping[str, Table], scratch: Path, ledgers: Path | None, tell: Event
+    plan: Plan, tables: Mapping[str, SiteData], scratch: Path, ledgers: Path | None, tell: Event
 ) -> tuple[RunStore, str]:
     """Drive one run over the local transport; the caller closes the store."""
     store = RunStore(f"sqlite:///{scratch / 'store.db'}", durable=False)
@@ -130,15 +131,16 @@ def _run_local(
     return store, run
 
 
-def _same(table: Table, _: Plan) -> Table:
+def _same(table: SiteData, _: Plan) -> SiteData:
     return table
 
 
-def _compare(plan: Plan, tables: Mapping[str, Table], result: dict[str, Any], tell: Event) -> None:
+def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any], tell: Event) -> None:
     """The same plan on each site alone and on the pooled table (rows and hold-out unchanged)."""
     alone = {"cohort": plan.cohort.model_copy(update={"sites": (), "min_sites": 1, "on_dropout": "fail"})}
     solo = plan.model_copy(update=alone)
-    for name, table in {"pooled": concatenate(list(tables.values())), **tables}.items():
+    pooled = SiteData(concatenate([data.base() for data in tables.values()]), plan, Prepared(plan.recipe), "pooled")
+    for name, table in {"pooled": pooled, **tables}.items():
         tell({"comparing": name})
         with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
             try:

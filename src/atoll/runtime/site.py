@@ -26,7 +26,7 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
-from atoll.data.recipe import Prepared, with_hold_out
+from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
@@ -45,10 +45,10 @@ class _View:
 
     def __init__(
         self, name: str, tables: tuple[Table, Table], state: dict[str, Array], tell: Callable[[float, float], None],
-        share: tuple[str, ...],
+        share: tuple[str, ...], min_group_size: int,
     ) -> None:  # fmt: skip
         self.name, (self.table, self.holdout), self.state = name, tables, state
-        self._tell, self._share = tell, share
+        self._tell, self._share, self.min_group_size = tell, share, min_group_size
 
     def progress(self, done: float, total: float) -> None:
         self._tell(done, total)
@@ -66,18 +66,17 @@ class _Opened:
     roster: str
     permitted: Permitted
     program: dict[bytes, Program] = field(default_factory=dict)
-    table: Table | None = None
-    views: dict[bytes, tuple[Table, Table]] = field(default_factory=dict)
+    data: SiteData | None = None
 
 
 class Site:
     """One data owner. :meth:`handle` is the endpoint that every transport calls."""
 
     def __init__(
-        self, identity: Identity, journal: Journal, policy: Policy, data: Callable[[Plan], Table],
+        self, identity: Identity, journal: Journal, policy: Policy, data: Callable[[Plan], SiteData],
         coordinator_public: bytes,
     ) -> None:  # fmt: skip
-        """data: reads and checks the site's own table for a plan. coordinator_public: pinned at enrolment."""
+        """data: reads, checks and prepares the site's own table for a plan. coordinator_public: pinned at enrolment."""
         self.name = identity.name
         self._journal, self._policy, self._data = journal, policy, data
         self._coordinator = coordinator_public
@@ -145,7 +144,7 @@ class Site:
         self._await_approval(run, roster, progress)
         if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
             with self._lock(run):
-                rows = sum(len(part) for part in self._prepared(self._opened(run), {}))
+                rows = sum(map(len, self._prepared(self._opened(run), {})))
             self._journal.set_setting(f"rows {run}", str(rows))
             self._journal.record(
                 "joined",
@@ -219,7 +218,9 @@ class Site:
             _must_be_running(self._journal.status(task.run))
             progress({"done": done, "total": total})
 
-        view = _View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share)
+        protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
+        smallest = self._policy.min_group_size if protection.reveals else 1
+        view = _View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share, smallest)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
         reply = handler.answer(program, view, Task(task, message.arrays, words))
@@ -236,7 +237,6 @@ class Site:
             question_digest(message),
             handler.cells,
         )
-        protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
         return self._gate.release(asked, reply, protection, state if changed else None, receipts)
 
     def _program(self, opened: _Opened, name: str, params: Json) -> Program:
@@ -264,14 +264,9 @@ class Site:
 
     def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:
         """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
-        key = canonical_json(dict(view)) if view else b""
-        if key not in opened.views:
-            if opened.table is None:
-                opened.table = with_hold_out(self._data(opened.plan), opened.plan, self.name)
-            if len(opened.views) > 1:  # the last two are enough: a study goes on from one to the next
-                del opened.views[next(iter(opened.views))]
-            opened.views[key] = Prepared(opened.plan.recipe).apply(opened.table, view).parts()
-        return opened.views[key]
+        if opened.data is None:
+            opened.data = self._data(opened.plan)
+        return opened.data.parts(view)
 
     # ---------------------------------------------------------------- close
 

@@ -1,6 +1,6 @@
 """A study: preparation, the program itself, and evaluation, as one sans-IO program.
 
-The recipe's statistics are fetched by the ordinary describe program; what was fitted
+The recipe's statistics are fetched by ordinary statistics programs; what was fitted
 travels with every later task as its *view*. A model that comes out is scored on every
 site's held-out rows by the ordinary evaluation program.
 """
@@ -20,6 +20,7 @@ from atoll.contract.rounds import Checkpoint, Round, Steps
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json, canonical_json
 from atoll.data.recipe import Prepared
+from atoll.data.step import Need
 
 
 def check_plan(plan: Plan) -> Program:
@@ -58,7 +59,7 @@ def _check_columns(program: Program, schema: Any) -> None:
 
 
 def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None = None) -> Steps:
-    """Everything a run asks of the cohort, in order; returns {"result", "fitted", "evaluation"}.
+    """Everything a run asks of the cohort, in order; returns {"result", "fitted", "preparation", "evaluation"}.
 
     start: the state of the program's last Checkpoint, which is then yielded first, in
     place of the rounds before it.
@@ -67,22 +68,20 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     schema = plan.table
     view: dict[str, Json] = {}
     for stage in prepared.stages():
-        describe = _describe(prepared, stage)
-        statistics: Mapping[str, Any] = {}
-        if describe is not None:
-            at = prepared.schema(schema, [n for n in stage if n < _first_fit(prepared, stage)])
-            found = yield from _staged(
-                describe.coordinate(Cohort(sites, at, plan.run.seed, plan.run.min_group_size)), "prepare", view
-            )
-            statistics = found["columns"]
-        for number in stage:
-            view[str(number)] = prepared.steps[number].fit(statistics)
+        cohort = Cohort(sites, prepared.before(stage, schema), plan.run.seed, plan.run.min_group_size)
+        results: dict[Need, Mapping[str, Any]] = {}
+        for need in prepared.needs(stage):
+            results[need] = yield from _staged(_asked(need).coordinate(cohort), "prepare", view)
+        view |= prepared.fit(stage, results)
         schema = prepared.schema(schema, stage)
+    cohort = Cohort(sites, schema, plan.run.seed, plan.run.min_group_size)
+    outcome: dict[str, Any] = {"fitted": view, "evaluation": None, "preparation": None}
+    counting = _preparation(prepared)
+    if counting is not None:
+        outcome["preparation"] = yield from _staged(counting.coordinate(cohort), "prepare", view)
     if start is not None:
         yield Checkpoint(start)
-    cohort = Cohort(sites, schema, plan.run.seed, plan.run.min_group_size)
-    result = yield from _staged(program.coordinate(cohort, start), "program", view)
-    outcome = {"result": result, "fitted": view, "evaluation": None}
+    outcome["result"] = result = yield from _staged(program.coordinate(cohort, start), "program", view)
     evaluation = _evaluation(plan, program, schema)
     if evaluation is not None:
         steps = evaluation.coordinate(cohort, {"weights": result["model"].weights})
@@ -90,10 +89,15 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     return outcome
 
 
-def _describe(prepared: Prepared, stage: list[int]) -> Program | None:
-    """The program that fetches what a stage's steps are fitted on."""
-    needed = sorted({name for number in stage for name in prepared.steps[number].needs()})
-    return build("statistics.describe", {"columns": needed, "bins": 1}) if needed else None
+def _asked(need: Need) -> Program:
+    """The program that a step's statistics come from."""
+    return build(need.program, {"columns": list(need.columns), **dict(need.options)})
+
+
+def _preparation(prepared: Prepared) -> Program | None:
+    """The program that counts what preparation left out, if it may leave out rows."""
+    reasons = prepared.drops()
+    return build("statistics.preparation", {"reasons": list(reasons)}) if reasons else None
 
 
 def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | None:
@@ -115,8 +119,8 @@ class Permitted:
     def __init__(self, plan: Plan) -> None:
         program, prepared = check_plan(plan), Prepared(plan.recipe)
         schema = prepared.schema(plan.table)
-        asked = [program, _evaluation(plan, program, schema)]
-        asked += [_describe(prepared, stage) for stage in prepared.stages()]
+        asked = [program, _evaluation(plan, program, schema), _preparation(prepared)]
+        asked += [_asked(need) for stage in prepared.stages() for need in prepared.needs(stage)]
         self._asked = {_said(one) for one in asked if one is not None}
         self._calls = program.calls
 
@@ -129,11 +133,6 @@ class Permitted:
                 field=program.name,
                 remedy="submit a plan that asks for it, and have it approved",
             )
-
-
-def _first_fit(prepared: Prepared, stage: list[int]) -> int:
-    """The stage's first step that waits for statistics: only what comes before it is applied yet."""
-    return min((number for number in stage if prepared.steps[number].needs()), default=len(prepared.steps))
 
 
 def _staged(steps: Steps, stage: str, view: Mapping[str, Json]) -> Steps:

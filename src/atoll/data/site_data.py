@@ -1,0 +1,94 @@
+"""A site's data for one plan: read, cleaned, checked against the contract, and prepared as far as it is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from atoll.contract.plan import Plan
+from atoll.contract.wire import canonical_json
+from atoll.data.check import checked
+from atoll.data.engine import Engine
+from atoll.data.frame import HELD, Frame
+from atoll.data.recipe import Prepared
+from atoll.data.sources import SourceSpec, known_columns, open_source
+from atoll.data.table import Table, hold_out
+
+
+class SiteData:
+    """Training and held-out rows at every stage of a plan's preparation.
+
+    What does not wait for statistics is prepared once, and rows to hold out are drawn there:
+    strata are the classes of the program's target, where that is a code list.
+    """
+
+    def __init__(self, base: Frame | Table, plan: Plan, prepared: Prepared, site: str) -> None:
+        self._base, self._prepared = base, prepared
+        self._views: dict[bytes, tuple[Table, Table]] = {}
+        self._first = prepared.first_fitted
+        self._table: Table | None = None
+        if isinstance(base, Frame) and HELD not in base.table.columns and plan.run.holdout > 0:
+            held = hold_out(_labels(base, plan), base.rows(), plan.run.holdout, plan.run.seed, site)
+            table = base.engine.beside(base.table, pa.table({HELD: held}))
+            self._base = Frame(base.engine, table, base.schema, base.dropped)
+            base.engine.forget_all_but(table)
+        elif isinstance(base, Table) and base.held_out is None:
+            held = hold_out(_labels(base, plan), len(base), plan.run.holdout, plan.run.seed, site)
+            self._base = Table(base.schema, base.columns, held, base.dropped)
+
+    @staticmethod
+    def read(spec: SourceSpec, plan: Plan, base: Path, site: str, scratch: Path | None = None) -> SiteData:
+        """From the site's own source. Raises SchemaError listing every way in which the table breaks the
+        contract; messages name columns and count cells, and never show a cell."""
+        prepared = Prepared(plan.recipe)
+        frame = prepared.cleaned(open_source(spec, plan.table, base, Engine(scratch)))
+        frame = prepared.prepare(checked(known_columns(frame, spec)), {}).keep()
+        frame.engine.forget_all_but(frame.table)
+        return SiteData(frame, plan, prepared, site)
+
+    @staticmethod
+    def of(table: Table, plan: Plan, site: str) -> SiteData:
+        """From a checked table in memory."""
+        prepared = Prepared(plan.recipe)
+        first: Frame | Table = table
+        if prepared.first_fitted:
+            first = prepared.prepare(Frame.of(table, Engine()), {}).keep()
+        return SiteData(first, plan, prepared, site)
+
+    def base(self) -> Table:
+        """What every view starts from, with the rows marked that are held out."""
+        if self._table is None:
+            self._table = self._base if isinstance(self._base, Table) else self._base.to_table()
+        return self._table
+
+    def __len__(self) -> int:
+        return len(self.base())
+
+    def parts(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
+        """(training rows, held-out rows) after the recipe as far as *view* fits it; the last two views are kept."""
+        key = canonical_json(dict(view)) if view else b""
+        if key not in self._views:
+            table = self.base()
+            if view and self._first < len(self._prepared.steps):
+                frame = self._base if isinstance(self._base, Frame) else Frame.of(table, Engine())
+                self._base = frame
+                table = self._prepared.prepare(frame, view, self._first).to_table()
+            if len(self._views) > 1:  # the last two are enough: a study goes on from one to the next
+                del self._views[next(iter(self._views))]
+            self._views[key] = table.parts()
+        return self._views[key]
+
+
+def _labels(base: Frame | Table, plan: Plan) -> Any:
+    """The classes that rows are held out by, [num_rows], or None."""
+    target = str(plan.params.get("target", ""))
+    column = base.schema.columns.get(target)
+    if column is None or column.values is None or column.role == "ignore":
+        return None
+    if isinstance(base, Table):
+        return base[target]
+    only = base.schema.model_copy(update={"columns": {target: column}})
+    return base.replace({}, only).to_table()[target]

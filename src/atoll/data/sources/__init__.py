@@ -1,0 +1,131 @@
+"""Where a site's table is, and how it is opened: one file for each kind of source, found by its registration.
+
+A source delivers cells into the site's engine as they are: text where the format has no types. It
+names no cell in an error. Everything else (codes for missing, the contract, preparation) happens there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ibis
+import ibis.expr.types as ir
+from pydantic import BaseModel, ConfigDict, Field
+
+from atoll.contract.errors import SchemaError
+from atoll.contract.schema import TableSchema
+from atoll.data.check import check_columns
+from atoll.data.engine import Engine
+from atoll.data.frame import ROW, Frame
+
+
+class SourceSpec(BaseModel):
+    """Where a site's table is. One entry of SITES.yaml or of a site's ``site.yaml``; the site's own.
+
+    path: file or folder, relative to --data (or to the site's own folder). format: csv, parquet …
+        (default: by the path's ending, or sql where there is a url).
+    url: of a database, as Ibis connects to it (postgresql://user@host/name, sqlite:///file …), with
+        table (perhaps schema.table) or query: what to read there. password_env: the environment
+        variable that holds the password, so that it stands in no file.
+    header: does a CSV's first line name the columns? (else they come in schema order).
+    separator, encoding: of a CSV (default: UTF-8). sheet: of a workbook.
+    nulls: cells that mean "missing" (always also the empty cell).
+    columns: the table's own names for the contract's columns (contract's name → name there).
+    units: units in which this table has columns, where they are not the schema's (see the step "units").
+    extra: "refuse" columns that the contract does not know, or "ignore" them (default for databases).
+    timeout_s: seconds that reading may take.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str = ""
+    format: str = ""
+    url: str = ""
+    table: str = ""
+    query: str = ""
+    password_env: str = ""
+    header: bool = True
+    nulls: tuple[str, ...] = ("",)
+    separator: str = ","
+    encoding: str = "utf-8"
+    sheet: str = ""
+    columns: Mapping[str, str] = Field(default_factory=dict)
+    units: Mapping[str, str] = Field(default_factory=dict)
+    extra: Literal["", "refuse", "ignore"] = ""
+    timeout_s: float | None = Field(default=None, gt=0)
+
+
+Opener = Callable[[SourceSpec, Path, TableSchema, Engine], ir.Table]
+"""(spec, the file's path, schema, engine) → the raw table inside the engine; raises SchemaError."""
+
+SOURCES: dict[str, Opener] = {}
+ENDINGS: dict[str, str] = {}
+REMOTE = ("sql",)
+"""Formats without a path."""
+FOLDERS = ("images",)
+"""Formats whose path may be a folder."""
+
+
+def source(name: str, *endings: str) -> Callable[[Opener], Opener]:
+    """Register how the format *name* is opened, also for paths with these *endings* (".xlsx")."""
+
+    def register(opener: Opener) -> Opener:
+        SOURCES[name] = opener
+        ENDINGS.update(dict.fromkeys(endings, name))
+        return opener
+
+    return register
+
+
+def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engine) -> Frame:
+    """The table at *spec* in the engine, with the contract's names, before any cleaning: text is trimmed, and
+    cells that mean "missing" are NULL. Raises SchemaError naming the file and the remedy."""
+    kind = spec.format or ("sql" if spec.url else _by_ending(spec.path))
+    if kind not in SOURCES:
+        raise SchemaError(
+            "source.unknown-format", f"there is no source format {kind!r}", field="format",
+            remedy=f"known: {', '.join(sorted(SOURCES))}",
+        )  # fmt: skip
+    path = base / spec.path
+    if kind not in REMOTE and not ((path.is_file() or kind in FOLDERS) and os.access(path, os.R_OK)):
+        raise SchemaError(
+            "source.missing-file",
+            f"there is no readable file {spec.path}",
+            field="path",
+            remedy="check the site's source path and its permissions",
+        )
+    with engine.within(spec.timeout_s):
+        raw = SOURCES[kind](spec, path, schema, engine)
+    ours = {theirs: name for name, theirs in spec.columns.items()}
+    names = {name: ours.get(name, name) for name in raw.columns}
+    table = raw.select(**{ours: _present(raw[theirs], spec.nulls) for theirs, ours in names.items()})
+    return Frame(engine, table, schema).keep() if ROW not in raw.columns else Frame(engine, table, schema)
+
+
+def known_columns(frame: Frame, spec: SourceSpec) -> Frame:
+    """*frame* with exactly the contract's columns; raises SchemaError listing what is missing or too much."""
+    extra = spec.extra or ("ignore" if spec.url else "refuse")
+    check_columns([name for name in frame.table.columns if name != ROW], frame.schema, extra=extra)
+    return frame.replace({}, frame.schema)
+
+
+def _by_ending(path: str) -> str:
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes if suffix.lower() not in (".gz", ".zst")]
+    return ENDINGS.get(suffixes[-1] if suffixes else "", "csv")
+
+
+def _present(cell: Any, nulls: tuple[str, ...]) -> ir.Value:
+    """A cell, NULL where it is one of the table's texts for missing; text is trimmed."""
+    if not cell.type().is_string():
+        return cell
+    text = cell.strip()
+    return ibis.ifelse(text.isin(sorted({"", *nulls})), ibis.null("string"), text)
+
+
+for _module in pkgutil.iter_modules(__path__, __name__ + "."):
+    importlib.import_module(_module.name)

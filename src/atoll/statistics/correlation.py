@@ -1,0 +1,456 @@
+"""Correlation matrices: Pearson exactly, Spearman to a bound that is told for every pair.
+
+Parties: sites and coordinator. Messages: Pearson: a round of moments (a second one where a column's
+spread is so small that the first lost digits), which give each column's centre and scale, then a round of
+centred cross-products. Spearman: up to 1 + *refinements* rounds of histograms, which give the ranks, then the
+cross-products of ranks. All are Sums.
+
+Missing cells: ``pairwise`` takes, for each pair, the rows that have both columns; ``listwise`` the rows that
+have all columns. Ranks are mid-ranks over a column's non-missing values (listwise: over the complete rows),
+so that Spearman is pandas' ``df.rank().corr()``, which is ``df.corr("spearman")`` if nothing is missing.
+
+Error. With the rows of a bin at its middle rank, the vector u of a column's ranks is known but for some e:
+|e| ≤ √Σ(c³ − c)/12 over the counts c of bins that may hold different values, and D√n more where sites moved
+up to D rows across a bin's edge. So u's direction is within arcsin(|e|/|u|) of the truth, and a correlation,
+the cosine between two, within what both together may turn it. Bins hold one value each, and the answer
+is exact, where the codes or integers fit into *bins*.
+
+Small groups. A pair is withheld where fewer than k rows have both columns, or have the one but not the other:
+the difference of the column's sums would tell those. (Differences between three columns' rows are not looked
+at: use ``listwise``.) Where a site's counts are seen alone (``site.min_group_size`` = k > 1) its histograms, of all
+refinements together, hold nobody or k people between neighbouring cuts; other edges are told as the nearer cut,
+which is off by D ≤ k − 1 rows. Ranks are made at the site from counts that hold at least its own, so
+that no made-up score can single out a row.
+
+The coordinator learns, of the cohort's total: counts, moments or histograms of each column, and for each
+pair the count, sums, squares and cross-product; under ``plain`` each site's. Threat model: as the plan's
+protection. Dropout: the answer is over the sites of the last round; a site absent from a round is not asked
+again. Cost: p columns: 64 p² bytes a site, and 24 p for moments or 8 p · bins for each histogram.
+
+Sources: Chan, Golub & LeVeque 1983 (two-pass moments); Kendall & Gibbons 1990, ch. 3 (mid-ranks, Σ(t³ − t)/12).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.special import betainc
+
+from atoll.contract.disclosure import Cells
+from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.schema import Column, TableSchema
+from atoll.contract.wire import Array
+
+Floats = NDArray[np.float64]
+COLUMN = Cells("count", "withheld", values=("s1", "s2"))
+BINS = Cells("histogram", "withheld")
+PAIRS = Cells("pairs", "withheld", values=("sums",), lines=(2,))
+"""[columns, columns, 2]: rows with both columns, and rows with the first alone."""
+LOST = 1e-6
+"""A spread below this share of the mean square has lost digits, below NOISE all of them."""
+NOISE = 1e-12
+
+
+@program("statistics.correlation", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
+class Correlation:
+    """Pearson or Spearman correlation matrix of numeric columns, with counts and p-values, by Sum."""
+
+    class Params(ProgramParams):
+        """columns: numeric columns (default: all). method, missing: see the module. bins: of the histograms that
+        ranks come from; refinements: how often, at most, these are drawn anew where the rows are."""
+
+        columns: tuple[str, ...] = ()
+        method: Literal["pearson", "spearman"] = "pearson"
+        missing: Literal["pairwise", "listwise"] = "pairwise"
+        bins: int = Field(default=2048, ge=16, le=65_536)
+        refinements: int = Field(default=3, ge=0, le=8)
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self._listwise = params.missing == "listwise"
+
+    def _names(self, schema: TableSchema) -> tuple[str, ...]:
+        names = self.params.columns or schema.numeric_columns()
+        if bad := sorted(set(names) - set(schema.numeric_columns())):
+            raise PlanError("plan.bad-column", "correlation needs numeric columns of the schema", field=", ".join(bad))
+        return names
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """Returns {"correlation": {"method", "missing", "columns", "matrix", "pairs_count", "p_values",
+        "error_bound", "mean", "std", "notes"}}.
+
+        Matrices are lists of rows in the order of *columns*; None where a correlation is undefined (a column
+        that does not vary) or withheld. error_bound: None for Pearson. p_values: two-sided, of Student's t with
+        n − 2 degrees of freedom. mean, std: of each column (Pearson), for programs that go on from here.
+        """
+        names, p = self._names(cohort.schema), len(self._names(cohort.schema))
+        ranked = self.params.method == "spearman"
+        error = np.zeros(p)
+        if ranked:
+            counts, error, bound, sites = yield from self._histograms(cohort, names)
+            send, center, scale = {"counts": counts}, np.zeros(p), _scores(counts)[1]
+        else:
+            center, scale, bound, sites = yield from self._scales(cohort, names)
+            send = {"center": center, "scale": scale}
+        fields = {
+            "pairs": count((p, p, 2), bound=cohort.schema.max_rows),
+            "sums": real((p, p, 2, 3), bound=bound, step=1e-9),
+            "withheld": withheld((p, p, 2)),
+        }
+        asked = "rank_products" if ranked else "products"
+        total = yield Round(asked, Sum(), self._guarded(fields, cohort), send, sites=sites)
+        hidden = PAIRS.hidden(total, cohort.min_group_size)[..., 0]
+        hidden |= hidden.T
+        n = total["pairs"][..., 0].astype(np.float64)
+        s, q, c = np.moveaxis(total["sums"][..., 0, :], -1, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = np.maximum(q - s**2 / n, 0)
+            r = (c - s * s.T / n) / np.sqrt(spread * spread.T)
+        flat = ~(spread > NOISE * q) | (n < 2)
+        dull = (spread < LOST * q) & ~flat
+        undefined = flat | flat.T | dull | dull.T | hidden
+        r = np.where(undefined, np.nan, np.clip(r, -1, 1))
+        np.fill_diagonal(r, np.where(np.diag(undefined), np.nan, 1.0))
+        mean = center + scale * np.diag(s) / n.diagonal().clip(1)
+        std = scale * np.sqrt(np.diag(spread) / (n.diagonal() - 1).clip(1))
+        known = ~hidden.diagonal() & (n.diagonal() > 1)
+        described = {
+            "mean": _told(np.where(known, mean, np.nan)),
+            "std": _told(np.where(known, np.where(flat.diagonal(), 0, std), np.nan)),
+        }
+        with np.errstate(invalid="ignore", divide="ignore"):
+            bounds = _turned(r, error[:, None] / (scale[:, None] * np.sqrt(spread))) if ranked else None
+        found = {
+            "method": self.params.method,
+            "missing": self.params.missing,
+            "columns": list(names),
+            "matrix": _told(r),
+            "pairs_count": _told(np.where(hidden, np.nan, n), int),
+            "p_values": _told(_p_values(r, n)),
+            "error_bound": None if bounds is None else _told(bounds),
+            **({} if ranked else described),
+            "notes": _notes(names, hidden, np.diag(flat) & ~np.diag(hidden), dull & ~hidden, " beyond a bin" if ranked else ""),
+        }
+        return {"correlation": found}
+
+    def _guarded(self, fields: Mapping[str, Any], cohort: Cohort) -> dict[str, Any]:
+        """*fields*, and the counts that everything depends on."""
+        rows = count(bound=cohort.schema.max_rows)
+        return {**fields, "rows": rows, **({"complete": rows} if self._listwise else {})}
+
+    def _scales(
+        self, cohort: Cohort, names: tuple[str, ...]
+    ) -> Generator[Any, Any, tuple[Floats, Floats, float, tuple[str, ...]]]:
+        """(each column's mean, its standard deviation, a bound for a site's sums of squares in these units, sites)."""
+        low, high = np.array([cohort.schema.columns[name].bounds() for name in names], float).reshape(-1, 2).T
+        middle, half = (low + high) / 2, np.where(high > low, (high - low) / 2, 1.0)
+        center, unit, bound, sites = middle, half, float(cohort.schema.max_rows), None
+        for _ in range(2):
+            fields = {
+                "count": count(len(names), bound=cohort.schema.max_rows),
+                "s1": real(len(names), bound=bound, step=1e-9),
+                "s2": real(len(names), bound=bound, step=1e-9),
+                "withheld": withheld(len(names)),
+            }
+            send = {"center": center, "scale": unit}
+            total = yield Round("moments", Sum(), self._guarded(fields, cohort), send, sites=sites)
+            usable = (total["count"] > 0) & ~COLUMN.hidden(total, cohort.min_group_size)
+            n, sites = np.maximum(total["count"], 1).astype(np.float64), total.sites
+            shift, square = total["s1"] / n, total["s2"] / n
+            variance = np.maximum(square - shift**2, 0)
+            lost = usable & ~(variance > LOST * square)
+            center = np.where(usable, center + unit * shift, middle)
+            spread = np.where(usable & ~lost, unit * np.sqrt(variance), half)  # lost twice: it does not vary
+            bound = 4 * max(float(n.max(initial=1)), cohort.schema.max_rows)
+            if not lost.any():
+                break
+            unit = np.where(lost, half * math.sqrt(LOST), half)
+        return center, spread, bound, sites or ()
+
+    def _histograms(
+        self, cohort: Cohort, names: tuple[str, ...]
+    ) -> Generator[Any, Any, tuple[Floats, Floats, float, tuple[str, ...]]]:
+        """(counts [columns, bins], bound of |e| [columns], bound for a site's sums of squared scores, sites)."""
+        columns = [cohort.schema.columns[name] for name in names]
+        size, rows, sites = self._size(cohort.schema), cohort.schema.max_rows, None
+        edges = np.array([_edges(column, size, None) for column in columns]).reshape(-1, size)
+        for number in range(1 + self.params.refinements):
+            fields = {
+                "histogram": count(edges.shape, bound=rows),
+                "slack": count(len(names), bound=rows),
+                "withheld": withheld(edges.shape),
+            }
+            total = yield Round("histogram", Sum(), self._guarded(fields, cohort), {"edges": edges}, sites=sites)
+            counts, sites = total["histogram"].astype(np.float64), total.sites
+            counts[total["withheld"].any(axis=1)] = 0  # ranks of a column of which a part is withheld are none
+            single = np.array([_single(c, e) for c, e in zip(columns, edges, strict=True)]).reshape(-1, size)
+            within = np.array([_within(c, s, d) for c, s, d in zip(counts, single, total["slack"], strict=True)])
+            coarse = within > (2 / size) ** 2 * counts.sum(axis=1) ** 3 / 12
+            if number == self.params.refinements or not coarse.any():
+                break
+            n = counts.sum(axis=1, keepdims=True)
+            weights = np.where(single, np.minimum(counts, n / size), counts)
+            edges = np.array(
+                [
+                    _edges(c, size, (e, w)) if v else e
+                    for c, e, w, v in zip(columns, edges, weights, within, strict=True)
+                ]
+            )
+        n, scale, slack = counts.sum(axis=1), _scores(counts)[1], total["slack"]
+        reach = np.where(slack > 0, (n / math.sqrt(12) + slack) / scale, 1.0)
+        bound = float((4 * n * reach**2).max(initial=4 * rows))
+        return counts, np.sqrt(within) + slack * np.sqrt(n), bound, sites or ()
+
+    def _size(self, schema: TableSchema) -> int:
+        return max([self.params.bins, *(len(schema.columns[n].values or ()) for n in self._names(schema))])
+
+    # ---------------------------------------------------------------- at the site
+
+    def _batches(self, site: SiteView) -> Iterator[Floats]:
+        """Matrices of a few MiB, of the rows that count."""
+        names = self._names(site.table.schema)
+        done, size = 0, max(1024, (1 << 21) // max(len(names), 1))
+        for batch in site.table.batches(names, size):
+            yield batch[~np.isnan(batch).any(axis=1)] if self._listwise else batch
+            done += len(batch)
+            site.progress(done, len(site.table))
+
+    def _counted(self, site: SiteView, complete: int) -> dict[str, int]:
+        return {"rows": len(site.table), **({"complete": complete} if self._listwise else {})}
+
+    @handler("moments", groups=("rows", "complete"), cells=COLUMN)
+    def moments(self, site: SiteView, task: Task) -> Reply:
+        """At the site: counts and moments of each column about the centre sent, in the unit sent."""
+        p, complete = len(self._names(site.table.schema)), 0
+        center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
+        counts, s1, s2 = np.zeros(p, np.int64), np.zeros(p), np.zeros(p)
+        for batch in self._batches(site):
+            known = ~np.isnan(batch)
+            z = np.where(known, (batch - center) / scale, 0)
+            counts += known.sum(axis=0)
+            s1 += z.sum(axis=0)
+            s2 += (z**2).sum(axis=0)
+            complete += len(batch)
+        return {**self._counted(site, complete), "count": counts, "s1": s1, "s2": s2}
+
+    @handler("products", groups=("rows", "complete"), cells=PAIRS)
+    def products(self, site: SiteView, task: Task) -> Reply:
+        """At the site: for each pair of columns the rows, sums, squares and cross-products about the centre sent."""
+        p = len(self._names(site.table.schema))
+        center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
+        return self._products(site, ((batch - center) / scale for batch in self._batches(site)))
+
+    @handler("histogram", groups=("rows", "complete"), cells=BINS)
+    def histogram(self, site: SiteView, task: Task) -> Reply:
+        """At the site: how many rows each column has from each edge sent to the next."""
+        names, smallest = self._names(site.table.schema), site.min_group_size
+        asked = task.take("edges", (len(names), self._size(site.table.schema)))
+        cuts = [site.state.get(f"cuts {name}", np.zeros(0)) for name in names]
+        edges = [np.unique(np.concatenate(pair)) for pair in zip(asked, cuts, strict=True)]
+        counts, complete = [np.zeros(len(e), np.int64) for e in edges], 0
+        for batch in self._batches(site):
+            for column, e, found in zip(batch.T, edges, counts, strict=True):
+                found += np.bincount(_bins(e, column[~np.isnan(column)]), minlength=len(e))
+            complete += len(batch)
+        told, slack = np.zeros(asked.shape, np.int64), np.zeros(len(names), np.int64)
+        for i, name in enumerate(names):
+            n, below = counts[i].sum(), np.cumsum(counts[i]) - counts[i]
+            shown, cut = _cut(below, n, np.isin(edges[i], cuts[i]), smallest)
+            place = np.searchsorted(edges[i], asked[i])
+            told[i] = np.diff(np.append(shown[place], n))
+            told[i, 0] += shown[place[0]]
+            slack[i] = (smallest - 1) * bool((shown != below)[place].any())
+            if smallest > 1:
+                site.state[f"cuts {name}"] = edges[i][cut]
+        site.state["edges"], site.state["histogram"] = asked.copy(), told.astype(np.float64)
+        return {**self._counted(site, complete), "histogram": told, "slack": slack}
+
+    @handler("rank_products", groups=("rows", "complete"), cells=PAIRS)
+    def rank_products(self, site: SiteView, task: Task) -> Reply:
+        """At the site: the same of the rows' ranks in the histograms sent."""
+        shape = (len(self._names(site.table.schema)), self._size(site.table.schema))
+        counts, edges = task.take("counts", shape), site.state.get("edges")
+        if edges is None or edges.shape != shape:
+            raise ProtocolError("task.array", "no histogram was asked for before its ranks", field="counts")
+        scores, _ = _scores(np.maximum(counts, site.state["histogram"]))
+        return self._products(site, (_looked_up(batch, edges, scores) for batch in self._batches(site)))
+
+    def _products(self, site: SiteView, batches: Iterator[Floats]) -> Reply:
+        p, complete = len(self._names(site.table.schema)), 0
+        pairs, sums = np.zeros((p, p)), np.zeros((3, p, p))
+        for z in batches:
+            known = ~np.isnan(z)
+            if known.all():  # the usual case: one product of matrices instead of four
+                pairs += len(z)
+                sums[0] += z.sum(axis=0)[:, None]
+                sums[1] += (z**2).sum(axis=0)[:, None]
+            else:
+                z = np.where(known, z, 0)
+                mask = known.astype(np.float64)
+                pairs += mask.T @ mask
+                sums[0] += z.T @ mask
+                sums[1] += (z**2).T @ mask
+            sums[2] += z.T @ z
+            complete += len(z)
+        both = np.rint(pairs).astype(np.int64)
+        told = np.zeros((p, p, 2, 3))
+        told[:, :, 0] = np.moveaxis(sums, 0, -1)
+        alone = np.diag(both)[:, None] - both
+        return {**self._counted(site, complete), "pairs": np.stack([both, alone], axis=-1), "sums": told}
+
+
+# ---------------------------------------------------------------- ranks from histograms
+
+
+def _edges(column: Column, size: int, before: tuple[Floats, Floats] | None) -> Floats:
+    """Lower edges of *size* bins: one a code, else even over the range, or over the rows that the bins *before*
+    (edges, counts) hold. The range's ends and zero, where values pile up, have bins of their own."""
+    if column.values is not None:
+        edges = np.unique(np.array(column.values, np.float64))
+    else:
+        low, high = column.bounds()
+        own = np.array([x for x in (low, 0.0, high) if low <= x <= high])
+        whole = column.dtype == "integer"
+        own = np.concatenate([own, np.floor(own) + 1 if whole else np.nextafter(own, np.inf)])
+        if before is None:
+            edges = np.linspace(low, high, size - 6)
+            if whole and high - low <= size - 7:
+                edges = np.arange(math.floor(low), math.floor(high) + 1.0)
+        else:
+            reached = np.append(0, np.cumsum(before[1]))
+            edges = np.interp(np.linspace(0, reached[-1], size - 6), reached, np.append(before[0], high))
+        edges = np.unique(np.concatenate([np.floor(edges) if whole else edges, np.floor(own) if whole else own]))
+    return np.concatenate([edges, np.full(size - len(edges), edges[-1])])
+
+
+def _single(column: Column, edges: Floats) -> NDArray[np.bool_]:
+    """Which bins can hold one value only (or none), [size]."""
+    if column.values is not None:
+        return np.ones(len(edges), bool)
+    following = edges + 1 if column.dtype == "integer" else np.nextafter(edges, np.inf)
+    return np.append(edges[1:], edges[-1]) <= following
+
+
+def _within(counts: Floats, single: NDArray[np.bool_], slack: int) -> float:
+    """Most that Σ(c³ − c)/12 can be over bins that may hold different values, when up to *slack* rows crossed
+    each edge: it is convex in the counts, so the bins that can be largest are full."""
+    most = np.sort(counts[~single] + 2 * slack)[::-1]
+    filled = np.diff(np.minimum(np.cumsum(most), counts.sum()), prepend=0)
+    return float((filled * np.maximum(most**2 - 1, 0)).sum() / 12)
+
+
+def _scores(counts: Floats) -> tuple[Floats, Floats]:
+    """(the bins' mid-ranks, centred and in units of their standard deviation, [columns, bins]; that unit [columns])."""
+    n = counts.sum(axis=1, keepdims=True)
+    ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2 - (n + 1) / 2
+    unit = np.sqrt((counts * ranks**2).sum(axis=1) / np.maximum(n[:, 0], 1))
+    unit = np.where(unit > 0, unit, 1.0)
+    return ranks / unit[:, None], unit
+
+
+def _bins(edges: Floats, values: Floats) -> NDArray[np.int64]:
+    """The bin of each value; what lies below the first edge is in the first bin."""
+    return np.maximum(np.searchsorted(edges, values, "right") - 1, 0)
+
+
+def _looked_up(batch: Floats, edges: Floats, scores: Floats) -> Floats:
+    found = np.empty(batch.shape)
+    for i in range(batch.shape[1]):
+        found[:, i] = scores[i][_bins(edges[i], batch[:, i])]
+    found[np.isnan(batch)] = np.nan
+    return found
+
+
+def _cut(
+    below: NDArray[np.int64], total: int, forced: NDArray[np.bool_], smallest: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """(the rows below each edge as they are told; which edges are cuts), of the true rows *below* each.
+
+    Between neighbouring cuts are no rows or at least *smallest*; *forced* edges are cuts already.
+    """
+    if smallest <= 1:
+        return below, np.ones(len(below), bool)
+    cut, last = forced.copy(), 0
+    ahead = np.append(np.where(forced, below, total), total)
+    ahead = np.minimum.accumulate(ahead[::-1])[::-1]
+    for i, rows in enumerate(below.tolist()):
+        parts = (rows - last, int(ahead[i]) - rows)
+        if forced[i] or all(part == 0 or part >= smallest for part in parts):
+            cut[i], last = True, rows
+    before = np.maximum.accumulate(np.where(cut, below, 0))
+    after = np.minimum.accumulate(np.where(cut, below, total)[::-1])[::-1]
+    return np.where(cut, below, np.where(below - before < smallest, before, after)), cut
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def _turned(r: Floats, size: Floats) -> Floats:
+    """Most that cosines *r* are off when each vector may be off by *size* of its length."""
+    angle = np.where(size < 1, np.arcsin(np.minimum(size, 1)), np.pi)
+    turn, theta = angle + angle.T, np.arccos(r)
+    bound = np.maximum(np.cos(np.maximum(theta - turn, 0)) - r, r - np.cos(np.minimum(theta + turn, np.pi)))
+    bound = np.where(turn > 0, bound, 0.0)
+    np.fill_diagonal(bound, 0.0)
+    return np.where(np.isnan(r), np.nan, bound)
+
+
+def _p_values(r: Floats, n: Floats) -> Floats:
+    """Two-sided p-values of no correlation, of Student's t: 1 − I(r²) of a beta distribution."""
+    with np.errstate(invalid="ignore"):
+        tail = betainc(np.maximum(n - 2, 1) / 2, 0.5, (1 - r) * (1 + r))
+    return np.where(np.isnan(r), np.nan, np.where(n > 2, tail, 1.0))
+
+
+def _positive(scale: Floats) -> Floats:
+    if not (scale > 0).all():
+        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="scale")
+    return scale
+
+
+def _told(values: Floats, kind: type = float) -> list[Any]:
+    """As (lists of) lists, None for NaN."""
+    return [_told(v, kind) if v.ndim else None if np.isnan(v) else kind(v) for v in values]
+
+
+def _notes(
+    names: tuple[str, ...], hidden: NDArray[np.bool_], flat: NDArray[np.bool_], dull: NDArray[np.bool_], beyond: str
+) -> list[str]:
+    notes = []
+    if flat.any():
+        notes.append(f"does not vary{beyond}, so correlations are undefined: " + ", ".join(np.array(names)[flat]))
+    for mask, why in (
+        (hidden, "withheld, as too few people have both columns, or one without the other"),
+        (dull | dull.T, "not told, as the spread in common rows is lost beside the distance from the column's mean"),
+    ):
+        pairs = [f"{names[i]}-{names[j]}" if i < j else names[i] for i, j in np.argwhere(np.triu(mask))]
+        if pairs:
+            notes.append(f"{why}: {', '.join(pairs)}")
+    return notes
+
+
+# ---------------------------------------------------------------- for programs that go on from here
+
+
+def complete_cases(
+    cohort: Cohort, columns: tuple[str, ...]
+) -> Generator[Any, Any, tuple[dict[str, Any], Floats, Floats, Floats]]:
+    """Covariance of *columns* over the rows that have all of them; for programs that call "statistics.correlation".
+
+    Returns (the result under "correlation", means [p], standard deviations [p], correlations [p, p]); NaN
+    where undefined or withheld. Covariances are correlations times standard deviations.
+    """
+    steps = Correlation(Correlation.Params(columns=columns, missing="listwise"))
+    found = (yield from steps.coordinate(cohort))["correlation"]
+    mean, std, matrix = (np.array(found[name], np.float64) for name in ("mean", "std", "matrix"))
+    return found, mean, std, matrix.reshape(len(mean), len(mean))
+
+
+__all__ = ["Correlation", "complete_cases"]

@@ -1,0 +1,48 @@
+"""Preparation: how many rows the recipe kept, and how many it left out for each reason.
+
+Parties: sites and coordinator. Messages: one round, one Sum. The coordinator learns, of the
+cohort's total: rows kept, and rows left out by reason; small numbers are withheld. Threat model:
+as the plan's protection. Dropout: the numbers of the survivors. Cost: one round, 9 bytes a
+reason and site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from atoll.contract.disclosure import Cells
+from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
+from atoll.contract.wire import Array
+
+LEFT_OUT = Cells("dropped", "withheld")
+
+
+@program("statistics.preparation", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
+class Preparation:
+    """Rows kept and rows left out by the recipe's steps, by reason, by one Sum."""
+
+    class Params(ProgramParams):
+        """reasons: as the recipe's steps name them."""
+
+        reasons: tuple[str, ...]
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """Returns {"rows": kept, "dropped": {reason: rows, or None where too few to be told}}."""
+        size, most = len(self.params.reasons), 2**40
+        fields = {"rows": count(bound=cohort.schema.max_rows), "dropped": count(size, bound=most)}
+        total = yield Round("left out", Sum(), {**fields, "withheld": withheld(size)})
+        hidden = LEFT_OUT.hidden(total, cohort.min_group_size)
+        dropped = {r: None if hidden[i] else int(total["dropped"][i]) for i, r in enumerate(self.params.reasons)}
+        return {"rows": int(total["rows"]), "dropped": dropped}
+
+    @handler("left out", groups=("rows",), cells=LEFT_OUT)
+    def left_out(self, site: SiteView, task: Task) -> Reply:
+        """At the site: rows kept, and rows left out for each reason."""
+        dropped = [site.table.dropped.get(reason, 0) for reason in self.params.reasons]
+        return {"rows": len(site.table) + len(site.holdout), "dropped": np.array(dropped, np.int64)}
