@@ -17,6 +17,7 @@ from hypothesis.extra import numpy as npst
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import AtollError, DisclosureError, IntegrityError, PolicyError, ProtocolError
+from atoll.contract.program import Handler
 from atoll.contract.rounds import Field, TaskId, count, opaque, real
 from atoll.contract.wire import body_parts, canonical_json
 from atoll.crypto.identity import Identity, verify
@@ -60,7 +61,8 @@ def journal(tmp_path: Path) -> Iterator[Journal]:
 
 
 def request(fields: dict[str, Field], groups: str = "", reduce: str = "sum", task: TaskId = TASK) -> Request:
-    return Request(task, "p", "moments", fields, frozenset(groups.split()), reduce, "plan-hash", "roster-hash")
+    handler = Handler(lambda *_: {}, reduce, frozenset(groups.split()))
+    return Request(task, "p", "moments", handler, fields, "plan-hash", "roster-hash")
 
 
 def release(journal: Journal, asked: Request, reply: Any, policy: Policy | None = None, **more: Any) -> Any:

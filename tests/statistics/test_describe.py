@@ -191,9 +191,39 @@ def test_a_small_site_is_refused(federation: Any) -> None:
     assert (error.code, error.where["site"], error.where["round"]) == ("disclosure.small-group", "small", 0)
 
 
-def test_a_mean_over_one_person_is_refused(federation: Any) -> None:
+def test_a_mean_over_one_person_is_withheld(federation: Any) -> None:
     """Σx over one non-missing cell is that person's value, however many rows the site has."""
-    assert small_groups(federation, rows=40, known=1).field == "count"
+    columns = {"x": {"range": [0, 10]}, "y": {"range": [0, 10]}}
+    one = federation.table({"x": [7.310585786, *[NAN] * 39], "y": np.linspace(0, 10, 40)}, columns)
+    tables = {"big": federation.table({"x": np.linspace(0, 10, 40), "y": np.ones(40)}, columns), "small": one}
+    strict = Policy.sandbox().model_copy(update={"min_group_size": 5})
+    found = federation.run(federation.plan("statistics.describe", {}, tables), tables, {"small": strict})["result"]
+    assert found["columns"]["x"]["withheld"] is True
+    assert math.isnan(found["columns"]["x"]["mean"])
+    assert found["columns"]["x"]["histogram"] == []
+    assert found["columns"]["y"]["count"] == 80
+    shifted = np.array([(7.310585786 - 5) / 5]).tobytes()
+    sent = [data for name, way, data in federation.wire if (name, way) == ("small", "from")]
+    assert not any(shifted in data for data in sent)
+
+
+def test_a_dominated_mean_is_withheld(federation: Any) -> None:
+    columns = {"cost": {"range": [0, 1e6], "unit": "EUR"}}
+    cost = np.append(np.full(60, 20.0), 900_000.0)
+    tables = {"a": federation.table({"cost": cost}, columns), "b": federation.table({"cost": cost[:60]}, columns)}
+    for share, withheld in ((0.85, True), (1.0, False)):
+        policy = Policy.sandbox().model_copy(update={"dominant_people": 1, "dominant_share": share})
+        outcome = federation.run(federation.plan("statistics.describe", {}, tables), tables, {"a": policy})
+        found = outcome["result"]["columns"]["cost"]
+        assert found.get("withheld", False) is withheld
+        assert math.isnan(found["mean"]) is withheld
+
+
+def test_small_bins_are_withheld_with_their_complement(federation: Any) -> None:
+    x = np.concatenate([np.full(20, 1.0), np.full(2, 3.0), np.full(9, 5.0), np.full(30, 9.0)])
+    tables = {"a": federation.table({"x": x}, {"x": {"range": [0, 10]}})}
+    plan = federation.plan("statistics.describe", {"bins": 5}, tables, run={"min_group_size": 5})
+    assert federation.run(plan, tables)["result"]["columns"]["x"]["histogram"] == [20, None, None, 0, 30]
 
 
 @pytest.mark.parametrize(("rows", "known"), [(5, 5), (40, 0)])

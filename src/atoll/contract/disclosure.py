@@ -60,7 +60,9 @@ class Cells:
         """Which cells of a cohort's *total* may not be reported: withheld by a site, too small, or their
         complement. Shape of *counts*. The coordinator half's use: ``cohort.min_group_size``."""
         mask = np.asarray(total[self.withheld]) > 0
-        return suppress(np.asarray(total[self.counts]), mask, min_group_size, self.lines)
+        counts = np.asarray(total[self.counts])
+        # A site that withheld left out two cells and k people of the line, so what it left out needs no complement.
+        return suppress(np.where(mask, np.maximum(counts, min_group_size), counts), mask, min_group_size, self.lines)
 
 
 def largest(values: NDArray[Any], cell: NDArray[np.integer[Any]] | None = None, size: int = 1) -> NDArray[np.float64]:

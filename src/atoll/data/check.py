@@ -16,7 +16,7 @@ import ibis.expr.types as ir
 from atoll.contract.errors import AtollError, SchemaError, refuse_all
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.engine import Engine
-from atoll.data.frame import ROW, Frame
+from atoll.data.frame import ID, ROW, Frame
 
 _IBIS_TYPE = {
     "real": "float64", "integer": "float64", "text": "string", "date": "date", "datetime": "timestamp(6)",
@@ -42,7 +42,9 @@ def checked(frame: Frame) -> Frame:
     typed = cells.mutate(**{f"{i}v": _typed(cells[f"{i}r"], column) for i, column in enumerate(kept.values())})
     _check_cells(typed, kept, schema, frame.engine)
     columns = {name: typed[f"{i}v"] for i, name in enumerate(kept)}
-    return Frame(frame.engine, typed.select(ROW, **columns), schema, frame.dropped, frame.ordered)
+    entities = [name for name, column in kept.items() if column.role == "entity"]
+    identity = ibis.struct({name: columns[name] for name in entities or kept}).hash()
+    return Frame(frame.engine, typed.select(ROW, **columns, **{ID: identity}), schema, frame.dropped, frame.ordered)
 
 
 def check_columns(columns: list[str], schema: TableSchema, *, extra: str = "refuse") -> None:

@@ -25,7 +25,6 @@ from atoll.data.engine import Engine
 
 IN_MEMORY_BYTES = 64 << 20
 """Tables larger than this stay in files."""
-BOOL = Column(dtype="integer", values=(0, 1))
 
 
 class Stored(Mapping[str, NDArray[Any]]):
@@ -47,28 +46,30 @@ class Stored(Mapping[str, NDArray[Any]]):
         """The file that holds a column."""
         return self._folder / f"{self._names.index(name)}.column"
 
-    def declared(self, name: str) -> Column:
-        """What the schema says of a column; of a marker, that it is 0 or 1."""
-        return self._schema.columns.get(name, BOOL)
+    def declared(self, name: str) -> Column | None:
+        """What the schema says of a column; None for a mark that the engine keeps beside them."""
+        return self._schema.columns.get(name)
 
     def raw(self, name: str) -> NDArray[Any]:
         """As stored: text with a code list as int32 places in it, −1 where missing."""
         if name not in self._names:
             raise KeyError(name)
-        shape = (self._rows, *(self.declared(name).shape or ()))
+        column = self.declared(name)
+        shape = (self._rows, *((column and column.shape) or ()))
         if not math.prod(shape):
-            return np.empty(shape, stored_dtype(self.declared(name)))
-        mapped: NDArray[Any] = np.memmap(self.path(name), stored_dtype(self.declared(name)), "r", shape=shape)
+            return np.empty(shape, stored_dtype(column))
+        mapped: NDArray[Any] = np.memmap(self.path(name), stored_dtype(column), "r", shape=shape)
         return mapped
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._names:
             raise KeyError(name)
         column = self.declared(name)
-        if column.dtype != "text":
+        if column is None or column.dtype != "text":
             return self.raw(name)
         if column.values is not None:
-            return np.array([*column.values, None], object)[self.raw(name)]
+            codes: NDArray[Any] = np.array([*column.values, None], object)
+            return np.asarray(codes[self.raw(name)])
         with pa.memory_map(str(self.path(name))) as file:
             return np.array(pa.ipc.open_stream(file).read_all().column(0).to_pylist(), object)
 
@@ -93,8 +94,10 @@ class Selected(Mapping[str, NDArray[Any]]):
         return np.asarray(self._stored[name][self._mask])
 
 
-def stored_dtype(column: Column) -> str:
-    """The dtype of a column's file."""
+def stored_dtype(column: Column | None) -> str:
+    """The dtype of a column's file; of a mark's, 64 bits."""
+    if column is None:
+        return "<i8"
     kinds = {"date": "<M8[D]", "datetime": "<M8[us]", "image": "|u1", "text": "<i4"}
     return kinds.get(column.dtype, "<f8")
 
@@ -106,7 +109,7 @@ def collect(engine: Engine, table: ir.Table, num_rows: int, schema: TableSchema)
     if num_rows * wide <= IN_MEMORY_BYTES:
         batches = list(engine.batches(table, max(num_rows, 1)))
         whole = pa.Table.from_batches(batches) if batches else None
-        declared = {name: schema.columns.get(name, BOOL) for name in names}
+        declared = {name: schema.columns.get(name) for name in names}
         return {
             name: to_array(whole.column(name), declared[name]) if whole is not None else _nothing(declared[name])
             for name in names
@@ -123,8 +126,9 @@ def collect(engine: Engine, table: ir.Table, num_rows: int, schema: TableSchema)
     return stored
 
 
-def _nothing(column: Column) -> NDArray[Any]:
-    return np.empty((0, *(column.shape or ())), object if column.dtype == "text" else stored_dtype(column))
+def _nothing(column: Column | None) -> NDArray[Any]:
+    shape = (column and column.shape) or ()
+    return np.empty((0, *shape), object if column and column.dtype == "text" else stored_dtype(column))
 
 
 class _Writer:
@@ -133,16 +137,17 @@ class _Writer:
     def __init__(self, stored: Stored, name: str) -> None:
         self._column = stored.declared(name)
         self._file = os.fdopen(os.open(stored.path(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
-        free = self._column.dtype == "text" and self._column.values is None
+        self._text = self._column is not None and self._column.dtype == "text"
+        self._codes = pa.array(self._column.values) if self._text and self._column and self._column.values else None
         text = pa.schema([("text", pa.string())])
-        self._stream = pa.ipc.new_stream(self._file, text) if free else None
+        self._stream = pa.ipc.new_stream(self._file, text) if self._text and self._codes is None else None
 
     def write(self, cells: pa.Array) -> None:
         """Append a batch."""
         if self._stream is not None:
             self._stream.write_batch(pa.record_batch([cells.cast(pa.string())], ["text"]))
-        elif self._column.dtype == "text":
-            codes = pc.index_in(cells, value_set=pa.array(self._column.values or (), cells.type))
+        elif self._codes is not None:
+            codes = pc.index_in(cells, value_set=self._codes)
             self._file.write(codes.fill_null(-1).to_numpy(zero_copy_only=False).astype("<i4").tobytes())
         else:
             self._file.write(np.ascontiguousarray(to_array(cells, self._column)).tobytes())
@@ -154,8 +159,12 @@ class _Writer:
         self._file.close()
 
 
-def to_array(cells: Any, declared: Column) -> NDArray[Any]:
-    """Arrow cells as the array that this module's docstring says. Raises SchemaError for an image of another size."""
+def to_array(cells: Any, declared: Column | None) -> NDArray[Any]:
+    """Arrow cells as the array that this module's docstring says; a mark as int64. Raises SchemaError for an
+    image of another size."""
+    if declared is None:
+        marks = cells.to_numpy(zero_copy_only=False)
+        return np.asarray(marks.view("<i8") if marks.dtype == np.uint64 else marks.astype("<i8"))
     if declared.dtype == "image":
         shape = declared.shape or ()
         rows = cells.to_pylist()

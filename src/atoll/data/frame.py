@@ -19,6 +19,8 @@ from atoll.data.table import Table
 
 ROW = "__row"
 """The column that says in which order rows are delivered (int64)."""
+ID = "__id"
+"""The column that says who a row is (uint64): a hash of its entity, or of all its cells as the source had them."""
 HELD = "__held"
 """The column that marks rows kept for evaluation; there once the hold-out is drawn."""
 
@@ -28,7 +30,8 @@ class Frame:
     """*table* holds the columns of *schema* that are not ignored, and ROW (perhaps HELD). In the engine,
     numbers are float64, text is string, dates are date, datetimes are timestamp (UTC), images are
     binary, and missing is NULL. dropped: rows left out so far, by reason. ordered: does the engine
-    deliver rows by ROW without sorting? A step that groups, joins or sorts says no.
+    deliver rows by ROW without sorting? A step that groups, joins or sorts says no. units: in which the
+    source has columns, where they are not the schema's (only until the contract is checked).
     """
 
     engine: Engine
@@ -36,6 +39,7 @@ class Frame:
     schema: TableSchema
     dropped: Mapping[str, int] = field(default_factory=dict)
     ordered: bool = True
+    units: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         """One column of the engine's table; raises PlanError if there is none of that name."""
@@ -51,7 +55,7 @@ class Frame:
         table = self.table.mutate(**columns) if columns else self.table
         known = {name for name, column in (schema or self.schema).columns.items() if column.role != "ignore"}
         if schema is not None:
-            table = table.select(*[name for name in table.columns if name in known or name in (ROW, HELD)])
+            table = table.select(*[name for name in table.columns if name in known or name in (ROW, ID, HELD)])
         return replace(self, table=table, schema=schema or self.schema, ordered=self.ordered and ordered)
 
     def where(self, kept: Any, reason: str, *, ordered: bool = True) -> Frame:
@@ -75,19 +79,20 @@ class Frame:
         """As arrays: in memory when they are small, else in files of the engine's folder."""
         table = self.table if self.ordered else self.table.order_by(ROW)
         names = [name for name, column in self.schema.columns.items() if column.role != "ignore"]
-        marked = HELD in table.columns
-        wanted = [*names, HELD] if marked else names
-        columns = collect(self.engine, table.select(*wanted), self.rows(), self.schema)
-        held = np.asarray(columns[HELD], bool) if marked else None
+        marks = [name for name in (ID, HELD) if name in table.columns]
+        columns = collect(self.engine, table.select(*names, *marks), self.rows(), self.schema)
+        held = np.asarray(columns[HELD], bool) if HELD in marks else None
+        ids = np.asarray(columns[ID]).view(np.uint64) if ID in marks else None
         if isinstance(columns, dict):
-            columns.pop(HELD, None)
-        return Table(self.schema, columns, held, dict(self.dropped))
+            columns = {name: columns[name] for name in names}
+        return Table(self.schema, columns, held, dict(self.dropped), ids)
 
     @staticmethod
     def of(table: Table, engine: Engine) -> Frame:
         """A table in memory, copied into the engine."""
         data: dict[str, Any] = {name: _arrow(column) for name, column in table.columns.items()}
         data[ROW] = pa.array(np.arange(len(table)))
+        data[ID] = pa.array(table.ids.view(np.int64))
         if table.held_out is not None:
             data[HELD] = pa.array(table.held_out)
         return Frame(engine, engine.load(pa.table(data)), table.schema, dict(table.dropped))

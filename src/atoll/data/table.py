@@ -6,6 +6,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
 from atoll.data.columns import Selected, Stored
+from atoll.data.sketch import Sketch, sketch
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,23 @@ class Table:
     columns: Mapping[str, NDArray[Any]]
     held_out: NDArray[np.bool_] | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
+    marked: NDArray[np.uint64] | None = None
+
+    @cached_property
+    def ids(self) -> NDArray[np.uint64]:
+        """Who each row is, [num_rows]: as its source had it, else a hash of its entity, or of all its cells."""
+        if self.marked is not None:
+            return self.marked
+        entities = [name for name, column in self.schema.columns.items() if column.role == "entity"]
+        found = np.zeros(len(self), np.uint64)
+        for name in entities or self.columns:
+            found = (found ^ hashed(self[name])) * np.uint64(0x100000001B3)  # FNV-1a, a word at a time
+        return found
+
+    @cached_property
+    def sketch(self) -> Sketch:
+        """What is remembered of the rows (see :mod:`atoll.data.sketch`)."""
+        return sketch(self.ids)
 
     def __len__(self) -> int:
         if self.held_out is not None:
@@ -76,12 +95,23 @@ class Table:
             columns = {name: column[mask] for name, column in self.columns.items()}
         else:
             columns = self.columns if mask.all() else Selected(self.columns, mask)
-        return Table(self.schema, columns, held_out, self.dropped)
+        return Table(self.schema, columns, held_out, self.dropped, None if self.marked is None else self.marked[mask])
 
     def parts(self) -> tuple[Table, Table]:
         """(training rows, held-out rows)."""
         held = np.zeros(len(self), bool) if self.held_out is None else self.held_out
         return self.rows(~held), self.rows(held)
+
+
+def hashed(column: NDArray[Any]) -> NDArray[np.uint64]:
+    """64 bits of each cell, the same in every process, [num_rows]."""
+    if column.dtype == np.float64:
+        return np.where(np.isnan(column), np.nan, column + 0.0).view(np.uint64)
+    if column.dtype.kind == "M":
+        return column.astype(np.int64).view(np.uint64)
+    cells = [cell.tobytes() if isinstance(cell, np.ndarray) else str(cell).encode() for cell in column]
+    known = {cell: hashlib.blake2b(cell, digest_size=8).digest() for cell in set(cells)}
+    return np.frombuffer(b"".join(known[cell] for cell in cells), np.uint64)
 
 
 def concatenate(tables: Sequence[Table]) -> Table:

@@ -16,44 +16,36 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.disclosure import Cells, Rule, judged
+from atoll.contract.disclosure import Rule, judged
 from atoll.contract.errors import DisclosureError, PolicyError
+from atoll.contract.program import Handler
 from atoll.contract.protection import Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.runtime.journal import Journal, Receipt
+from atoll.runtime.memory import Query
 from atoll.runtime.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent."""
+    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent;
+    query: what is to be remembered of it."""
 
     task: TaskId
     program: str
-    handler: str
+    name: str
+    handler: Handler
     fields: Mapping[str, Field]
-    groups: frozenset[str]
-    reduce: str
     plan: str
     roster: str
     question: str = ""
-    cells: tuple[Cells, ...] = ()
+    query: Query | None = None
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
     """What a release entry commits to: names, dtypes and shapes, and the SHA-256 of the buffers (hex)."""
     return hashlib.sha256(b"atoll release 1\0" + canonical_json(specs) + body_sha256).hexdigest()
-
-
-def question_digest(message: Message) -> str:
-    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent arrays."""
-    specs, parts = body_parts(message.arrays)
-    asked = {name: message.meta[name] for name in ("params", "view", "fields")}
-    digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
 
 
 class EgressGate:
@@ -76,11 +68,11 @@ class EgressGate:
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
-        told = judged(reply, asked.cells, self._policy.rule() if protection.reveals else Rule())
+        told = judged(reply, asked.handler.cells, self._policy.rule() if protection.reveals else Rule())
         arrays = as_arrays(told, asked.fields)
         for name, declared in asked.fields.items():
-            declared.check_finite(name, arrays[name], undefined=asked.reduce == "gather")
-        self._check_groups(arrays, asked.groups)
+            declared.check_finite(name, arrays[name], undefined=asked.handler.reduce == "gather")
+        self._check_groups(arrays, asked.handler.groups)
         arrays, clipped = _clip(arrays, asked.fields)
         arrays = protection.protect(asked.task.step, arrays, asked.fields)
         specs, parts = body_parts(arrays)
@@ -93,8 +85,8 @@ class EgressGate:
         body = {
             **asked.task.to_json(),
             "program": asked.program,
-            "handler": asked.handler,
-            "reduce": asked.reduce,
+            "handler": asked.name,
+            "reduce": asked.handler.reduce,
             "protection": protection.name,
             "plan": asked.plan,
             "roster": asked.roster,
@@ -105,7 +97,9 @@ class EgressGate:
             "digest": body_digest(specs, digest.digest()),
         }
         task = asked.task
-        return self._journal.store_release(str(task), task.run, asked.program, body, arrays, state, receipts)
+        return self._journal.store_release(
+            str(task), task.run, asked.program, body, arrays, state, receipts, asked.query
+        )
 
     def _check_groups(self, arrays: Mapping[str, Array], groups: frozenset[str]) -> None:
         for name, array in arrays.items():

@@ -18,6 +18,7 @@ from pathlib import Path
 from atoll.contract.errors import IntegrityError, ProtocolError
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
+from atoll.runtime.memory import Query
 
 OPEN = ("pending", "approved", "running")
 """Statuses of a run that is neither closed nor denied."""
@@ -32,6 +33,8 @@ CREATE TABLE IF NOT EXISTS release
     (seq INTEGER PRIMARY KEY, task TEXT UNIQUE NOT NULL, run TEXT NOT NULL, hash TEXT NOT NULL, message BLOB);
 CREATE TABLE IF NOT EXISTS state (run TEXT, program TEXT, arrays BLOB NOT NULL, PRIMARY KEY (run, program));
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, status TEXT NOT NULL, opened BLOB NOT NULL, note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS rowset (digest TEXT PRIMARY KEY, cells BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS asked (key TEXT, digest TEXT, cohort TEXT, PRIMARY KEY (key, digest, cohort));
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -178,16 +181,21 @@ class Journal:
         arrays: dict[str, Array],
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
+        query: Query | None = None,
     ) -> Message:
-        """Ledger entry, release, state (None: as it was) and receipts, in one transaction.
+        """Ledger entry, release, state (None: as it was), receipts and what is remembered of the *query*,
+        in one transaction.
 
-        Returns the message that may now leave.
+        Returns the message that may now leave; raises DisclosureError if the query was asked before of
+        nearly the same rows.
         """
         seq = None
         try:
             with self.transaction():
                 if (status := self.status(run)) not in ("running", "unknown"):  # it was closed while the site computed
                     raise not_running(status)
+                if query is not None:
+                    self._remember(query)
                 large = self._store_receipts(receipts, sign=False)
                 entry = self._append(self.chain.next("release", body))
                 message = Message("release", {"re": task, "entry": entry}, arrays)
@@ -203,6 +211,14 @@ class Journal:
             raise
         self._forget(large)
         return message
+
+    def _remember(self, query: Query) -> None:
+        asked = "SELECT cells, cohort FROM asked JOIN rowset USING (digest) WHERE key = ?"
+        for cells, cohort in self._db.execute(asked, (query.key,)).fetchall():
+            query.check(cells, frozenset(cohort.split()))
+        self._db.execute("INSERT OR IGNORE INTO rowset VALUES (?, ?)", (query.digest, query.rows.tobytes()))
+        row = (query.key, query.digest, " ".join(sorted(query.cohort)))
+        self._db.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", row)
 
     def released_hash(self, seq: int) -> str:
         """The hash of release entry *seq*; raises IntegrityError if it is none."""

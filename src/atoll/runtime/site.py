@@ -22,7 +22,7 @@ import numpy as np
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build, handler_of
-from atoll.contract.protection import find
+from atoll.contract.protection import Protection, find
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
@@ -30,8 +30,9 @@ from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
-from atoll.runtime.egress import EgressGate, Request, question_digest, too_large
+from atoll.runtime.egress import EgressGate, Request, too_large
 from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
+from atoll.runtime.memory import Query, query_key, question_digest
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
 from atoll.runtime.study import Permitted, check_plan
@@ -64,6 +65,7 @@ class _Opened:
     plan: Plan
     hash: str
     roster: str
+    cohort: frozenset[str]
     permitted: Permitted
     program: dict[bytes, Program] = field(default_factory=dict)
     data: SiteData | None = None
@@ -225,19 +227,16 @@ class Site:
         words = tuple(np.frombuffer(seed, "<u4").tolist())
         reply = handler.answer(program, view, Task(task, message.arrays, words))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
-        asked = Request(
-            task,
-            program.name,
-            str(meta["name"]),
-            fields,
-            handler.groups,
-            handler.reduce,
-            opened.hash,
-            opened.roster,
-            question_digest(message),
-            handler.cells,
-        )
+        query = self._query(opened, message, view, protection) if self._policy.repeats == "refuse" else None
+        who, question = (opened.hash, opened.roster), question_digest(message)
+        asked = Request(task, program.name, str(meta["name"]), handler, fields, *who, question, query)
         return self._gate.release(asked, reply, protection, state if changed else None, receipts)
+
+    def _query(self, opened: _Opened, message: Message, view: _View, protection: Protection) -> Query:
+        """What the journal is to remember of a task, so that no other is its near repeat."""
+        rows = np.stack([view.table.sketch, view.holdout.sketch])
+        cohort = frozenset[str]() if protection.reveals else opened.cohort
+        return Query(query_key(opened.plan.dataset, message), rows, cohort, self._policy.min_group_size)
 
     def _program(self, opened: _Opened, name: str, params: Json) -> Program:
         """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
@@ -259,7 +258,9 @@ class Site:
             if run not in self._runs:
                 _, opened, _ = self._journal.run(run) or ("", {}, "")
                 plan = Plan.from_json(opened["plan"])
-                self._runs[run] = _Opened(plan, opened["hash"], opened["roster_hash"], Permitted(plan))
+                self._runs[run] = _Opened(
+                    plan, opened["hash"], opened["roster_hash"], frozenset(opened["roster"]), Permitted(plan)
+                )  # fmt: skip
             return self._runs[run]
 
     def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:

@@ -60,19 +60,20 @@ class Crosstab:
         and the note says why.
         """
         sizes = self._sizes(cohort.schema)
-        shape = (len(sizes), *(int(n) for n in sizes.max(axis=0)))
+        shape = (len(sizes), int(sizes[:, 0].max()), int(sizes[:, 1].max()))
         fields = {"counts": count(shape, bound=cohort.schema.max_rows), "withheld": withheld(shape)}
         total = yield Round("tables", Sum(), fields)
         hidden, tables = CELLS.hidden(total, cohort.min_group_size), []
         for i, ((rows, columns), (r, c)) in enumerate(zip(self.params.pairs, sizes, strict=True)):
             counts, hides = total["counts"][i, :r, :c], hidden[i, :r, :c]
             test, note = self._test(counts, bool(hides.any()))
+            cells = zip(counts.tolist(), hides.tolist(), strict=True)
             tables.append({
                 "rows": rows,
                 "columns": columns,
                 "row_values": list(cohort.schema.columns[rows].values or ()),
                 "column_values": list(cohort.schema.columns[columns].values or ()),
-                "counts": np.where(hides, None, counts.astype(object)).tolist(),
+                "counts": [[None if h else n for n, h in zip(*line, strict=True)] for line in cells],
                 "test": test,
                 "note": note,
             })  # fmt: skip
@@ -86,13 +87,13 @@ class Crosstab:
             return None, "not tested: no row has both values"
         found = chi2_contingency(table, correction=self.params.yates)
         plain = chi2_contingency(table, correction=False).statistic
-        least = min(table.shape) - 1
-        few = int((found.expected_freq < 5).sum())
+        expected, least = np.asarray(found.expected_freq, np.float64), min(table.shape) - 1
+        few = int((expected < 5).sum())
         test = {
             "statistic": float(found.statistic),
             "dof": int(found.dof),
             "p_value": float(found.pvalue),
-            "expected": found.expected_freq.tolist(),
+            "expected": expected.tolist(),
             "cramers_v": math.sqrt(plain / (table.sum() * least)) if least else None,
         }
         return test, f"{few} expected counts are below 5: the p-value is a rough one" if few else ""
@@ -101,7 +102,7 @@ class Crosstab:
     def tables(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows with each combination of codes, for each pair."""
         sizes = self._sizes(site.table.schema)
-        found = np.zeros((len(sizes), *sizes.max(axis=0)), np.int64)
+        found = np.zeros((len(sizes), sizes[:, 0].max(), sizes[:, 1].max()), np.int64)
         for i, ((rows, columns), (r, c)) in enumerate(zip(self.params.pairs, sizes, strict=True)):
             row, column = site.table.codes(rows), site.table.codes(columns)
             cell = np.where((row >= 0) & (column >= 0), row.astype(np.int64) * c + column, r * c)

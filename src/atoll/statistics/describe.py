@@ -6,9 +6,10 @@ the cohort's total: rows, non-missing counts, first and second moments, and a hi
 over the schema's range; under ``plain`` also each site's share of them. Minimum and
 maximum are never released: ``low`` and ``high`` are the outer edges of the outermost
 histogram bins that, counted from that end, hold at least *tail_rows* rows; the returned
-histogram ends there too, with the rows beyond counted in its outer bins. Threat model: as the
-plan's protection. Dropout: the statistics of the survivors. Cost: one round (or two),
-(bins + 3) · 8 bytes a column and site.
+histogram ends there too, with the rows beyond counted in its outer bins. A column with few values, or
+with a total that few people make, is withheld, and so are histogram bins with few people. Threat model:
+as the plan's protection. Dropout: the statistics of the survivors. Cost: one round (or two),
+(bins + 3) · 8 + bins bytes a column and site.
 
 Moments are taken about the middle m of the schema's range, in units of half of it:
 S1 = Σz and S2 = Σz² with z = (x − m)/h. Shifted data keep their digits (Chan, Golub &
@@ -19,18 +20,22 @@ distance from m; then the mean itself is the shift (the corrected two-pass algor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
+from atoll.contract.disclosure import TOP, Cells, largest, suppress
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 
+VALUES = Cells("count", "withheld", ("s1", "s2"), largest="largest")
+BINS = Cells("histogram", "hidden", lines=(1,))
 LOST = 1e-6
 """A variance below this share of the mean square is computed anew about the mean."""
 
@@ -63,7 +68,8 @@ class Describe:
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"columns": {name: {...}}, "rows": total rows}; low, high and the histogram between
-        them are NaN and empty for columns with fewer than 2 · tail_rows values."""
+        them are NaN and empty for columns with fewer than 2 · tail_rows values. A bin that is withheld is None,
+        and of a column that is withheld at any site all is NaN, and "withheld" is True."""
         names, rows = self._names(cohort.schema), cohort.schema.max_rows
         low, high = _grid(cohort.schema, names)
         size, middle, half = len(names), (low + high) / 2, (high - low) / 2
@@ -73,24 +79,34 @@ class Describe:
             "s1": real(size, bound=rows, step=1e-9),
             "s2": real(size, bound=rows, step=1e-9),
         }
-        histogram = count((size, self.params.bins), bound=rows)
-        total = yield Round("moments", Sum(), {**fields, "histogram": histogram})
-        all_rows, counts = int(total["rows"]), total["count"]
+        fields["withheld"] = withheld(size)
+        bins = (size, self.params.bins)
+        histogram = {"histogram": count(bins, bound=rows), "hidden": withheld(bins)}
+        total = yield Round("moments", Sum(), {**fields, **histogram})
+        gone = VALUES.hidden(total, cohort.min_group_size)
+        all_rows, counts = int(total["rows"]), np.where(gone, 0, total["count"])
         mean, variance = _moments(total, middle, half)
         if (variance < LOST * total["s2"] * half**2 / np.maximum(counts, 1)).any():
             center = np.where(counts > 0, mean, middle)
             fields |= {"s1": real(size, bound=2 * rows, step=1e-9), "s2": real(size, bound=4 * rows, step=1e-9)}
             spread = yield Round("spread", Sum(), fields, {"center": center})
+            gone |= VALUES.hidden(spread, cohort.min_group_size)
             _, variance = _moments(spread, center, half)
         columns = {}
         for i, name in enumerate(names):
-            described = self._tails(int(counts[i]), float(low[i]), float(high[i]), total["histogram"][i])
+            n, hidden = int(counts[i]), total["hidden"][i] > 0
+            described = self._tails(n, float(low[i]), float(high[i]), total["histogram"][i], hidden, cohort)
             moments = {"mean": float(mean[i]), "variance": float(variance[i]), "std": math.sqrt(variance[i])}
-            n = int(counts[i])
-            columns[name] = {"rows": all_rows, "count": n, "missing": all_rows - n, **moments, **described}
+            counted: dict[str, Any] = {"rows": all_rows, "count": n, "missing": all_rows - n}
+            if gone[i]:
+                counted |= {"count": math.nan, "missing": math.nan, "withheld": True}
+                moments = dict.fromkeys(moments, math.nan)
+            columns[name] = {**counted, **moments, **described}
         return {"columns": columns, "rows": all_rows}
 
-    def _tails(self, n: int, low: float, high: float, histogram: Array) -> dict[str, Any]:
+    def _tails(
+        self, n: int, low: float, high: float, histogram: Array, hidden: NDArray[np.bool_], cohort: Cohort
+    ) -> dict[str, Any]:
         edges = np.linspace(low, high, self.params.bins + 1)
         bins, tail = histogram.copy(), self.params.tail_rows
         enough = n >= 2 * tail  # with fewer, the two tails would overlap, and their ends show single rows
@@ -100,26 +116,28 @@ class Describe:
             below, above = bins[:first].sum(), bins[end:].sum()
             bins[first] += below
             bins[end - 1] += above
+        shown, hidden = bins[first:end], hidden[first:end]
+        hidden = suppress(shown, hidden, cohort.min_group_size, (0,))
         return {
             "low": float(edges[first]) if enough else math.nan,
             "high": float(edges[end]) if enough else math.nan,
             "edges": edges[first : end + 1].tolist() if enough else [],
-            "histogram": bins[first:end].tolist(),
+            "histogram": [None if gone else int(rows) for rows, gone in zip(shown, hidden, strict=True)],
         }
 
-    @handler("moments", groups=("rows", "count"))
+    @handler("moments", groups=("rows",), cells=(VALUES, BINS))
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts, moments about the middle of the range, and histogram of each column."""
         names, bins = self._names(site.table.schema), self.params.bins
         low, high = _grid(site.table.schema, names)
         histogram = np.zeros((len(names), bins), np.int64)
         for i, name in enumerate(names):
-            values = site.table[name]
-            place = np.floor((values[~np.isnan(values)] - low[i]) / (high[i] - low[i]) * bins).astype(np.int64)
-            histogram[i] = np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
+            for values in pieces(site.table[name]):
+                place = np.floor((values - low[i]) / (high[i] - low[i]) * bins).astype(np.int64)
+                histogram[i] += np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
         return {**self._sums(site, (low + high) / 2), "histogram": histogram}
 
-    @handler("spread", groups=("rows", "count"))
+    @handler("spread", groups=("rows",), cells=VALUES)
     def spread(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the cohort's mean."""
         return self._sums(site, task.take("center", (len(self._names(site.table.schema)),)))
@@ -130,12 +148,25 @@ class Describe:
         names = self._names(table.schema)
         low, high = _grid(table.schema, names)
         counts, s1, s2 = np.zeros(len(names), np.int64), np.zeros(len(names)), np.zeros(len(names))
+        most = np.zeros((len(names), TOP + 1))
         for i, name in enumerate(names):
-            values = table[name]
-            shifted = (values[~np.isnan(values)] - center[i]) / ((high[i] - low[i]) / 2)
-            counts[i], s1[i], s2[i] = len(shifted), shifted.sum(), (shifted**2).sum()
+            for values in pieces(table[name]):
+                shifted = (values - center[i]) / ((high[i] - low[i]) / 2)
+                counts[i] += len(shifted)
+                s1[i] += shifted.sum()
+                s2[i] += (shifted**2).sum()
+                found = largest(values)[0]
+                most[i, :TOP] = np.sort(np.append(most[i, :TOP], found[:TOP]))[: -TOP - 1 : -1]
+                most[i, TOP] += found[TOP]
             site.progress(i + 1, len(names))
-        return {"rows": len(table), "count": counts, "s1": s1, "s2": s2}
+        return {"rows": len(table), "count": counts, "s1": s1, "s2": s2, "largest": most}
+
+
+def pieces(column: NDArray[Any], size: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
+    """The values of a numeric column that are there, in pieces, so that a large one needs little memory."""
+    for start in range(0, len(column), size):
+        piece = column[start : start + size]
+        yield piece[~np.isnan(piece)]
 
 
 def _moments(total: Mapping[str, Array], center: Array, half: Array) -> tuple[Array, Array]:

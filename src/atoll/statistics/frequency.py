@@ -65,7 +65,7 @@ class Frequency:
             if name in self.params.edges:
                 edges[name] = np.array([low, *self.params.edges[name], high])
                 if (np.diff(edges[name]) <= 0).any():
-                    raise PlanError("plan.bad-edges", "edges must increase within the schema's range", field=name)
+                    raise PlanError("plan.bad-value", "edges must increase within the schema's range", field=name)
         return codes, edges
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:

@@ -31,9 +31,11 @@ class SourceSpec(BaseModel):
         (default: by the path's ending, or sql where there is a url).
     url: of a database, as Ibis connects to it (postgresql://user@host/name, sqlite:///file …), with
         table (perhaps schema.table) or query: what to read there. password_env: the environment
-        variable that holds the password, so that it stands in no file.
-    header: does a CSV's first line name the columns? (else they come in schema order).
-    separator, encoding: of a CSV (default: UTF-8). sheet: of a workbook.
+        variable that holds the password, so that it stands in no file. table: also the file of
+        labels in a folder of images.
+    header: does the first line name the columns? (else they come in schema order).
+    separator: of a CSV (default: tab for .tsv, else comma). encoding: of text (default: UTF-8).
+    sheet: of a workbook (default: the first).
     nulls: cells that mean "missing" (always also the empty cell).
     columns: the table's own names for the contract's columns (contract's name → name there).
     units: units in which this table has columns, where they are not the schema's (see the step "units").
@@ -51,7 +53,7 @@ class SourceSpec(BaseModel):
     password_env: str = ""
     header: bool = True
     nulls: tuple[str, ...] = ("",)
-    separator: str = ","
+    separator: str = Field(default="", max_length=1)
     encoding: str = "utf-8"
     sheet: str = ""
     columns: Mapping[str, str] = Field(default_factory=dict)
@@ -60,8 +62,9 @@ class SourceSpec(BaseModel):
     timeout_s: float | None = Field(default=None, gt=0)
 
 
-Opener = Callable[[SourceSpec, Path, TableSchema, Engine], ir.Table]
-"""(spec, the file's path, schema, engine) → the raw table inside the engine; raises SchemaError."""
+Opener = Callable[[SourceSpec, Path, TableSchema | None, Engine], ir.Table]
+"""(spec, the file's path, schema or None where there is none yet, engine) → the raw table inside the
+engine, perhaps with ROW; raises SchemaError."""
 
 SOURCES: dict[str, Opener] = {}
 ENDINGS: dict[str, str] = {}
@@ -85,6 +88,12 @@ def source(name: str, *endings: str) -> Callable[[Opener], Opener]:
 def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engine) -> Frame:
     """The table at *spec* in the engine, with the contract's names, before any cleaning: text is trimmed, and
     cells that mean "missing" are NULL. Raises SchemaError naming the file and the remedy."""
+    return Frame(engine, open_cells(spec, schema, base, engine), schema)
+
+
+def open_cells(spec: SourceSpec, schema: TableSchema | None, base: Path, engine: Engine) -> ir.Table:
+    """What :func:`open_source` is about, with ROW; also without a schema: then with all columns, and where no
+    line names them they are called c1, c2 …"""
     kind = spec.format or ("sql" if spec.url else _by_ending(spec.path))
     if kind not in SOURCES:
         raise SchemaError(
@@ -92,7 +101,8 @@ def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engin
             remedy=f"known: {', '.join(sorted(SOURCES))}",
         )  # fmt: skip
     path = base / spec.path
-    if kind not in REMOTE and not ((path.is_file() or kind in FOLDERS) and os.access(path, os.R_OK)):
+    there = spec.path and (path.is_file() or (kind in FOLDERS and path.is_dir()))
+    if kind not in REMOTE and not (there and os.access(path, os.R_OK)):
         raise SchemaError(
             "source.missing-file",
             f"there is no readable file {spec.path}",
@@ -101,17 +111,41 @@ def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engin
         )
     with engine.within(spec.timeout_s):
         raw = SOURCES[kind](spec, path, schema, engine)
-    ours = {theirs: name for name, theirs in spec.columns.items()}
-    names = {name: ours.get(name, name) for name in raw.columns}
-    table = raw.select(**{ours: _present(raw[theirs], spec.nulls) for theirs, ours in names.items()})
-    return Frame(engine, table, schema).keep() if ROW not in raw.columns else Frame(engine, table, schema)
+        ours = {theirs: name for name, theirs in spec.columns.items()}
+        names = {ours.get(name, name): raw[name] for name in raw.columns}
+        if len(names) < len(raw.columns):
+            raise repeated_columns()
+        table = raw.select(**{name: _present(cell, spec.nulls) for name, cell in names.items()})
+        return table if ROW in raw.columns else engine.keep(table, number=ROW)
 
 
 def known_columns(frame: Frame, spec: SourceSpec) -> Frame:
     """*frame* with exactly the contract's columns; raises SchemaError listing what is missing or too much."""
-    extra = spec.extra or ("ignore" if spec.url else "refuse")
+    extra = spec.extra or ("ignore" if spec.url or spec.table else "refuse")
     check_columns([name for name in frame.table.columns if name != ROW], frame.schema, extra=extra)
     return frame.replace({}, frame.schema)
+
+
+def wanted(spec: SourceSpec, schema: TableSchema | None, there: list[str]) -> list[str]:
+    """Of the columns *there* in a database's table, those that the contract knows; all of a query's."""
+    known = {spec.columns.get(name, name) for name in (schema.columns if schema is not None else ())}
+    return there if spec.query else [name for name in there if name in known] or there
+
+
+def named(header: list[str]) -> list[str]:
+    """Columns' names from a table's first row: trimmed, c1, c2 … where there is none; raises SchemaError."""
+    names = [cell.strip() or f"c{number}" for number, cell in enumerate(header, 1)]
+    if len({name.casefold() for name in names}) < len(names):  # SQL does not tell capitals apart
+        raise repeated_columns()
+    return names
+
+
+def repeated_columns() -> SchemaError:
+    """Two columns of one name. It is not written: it may be a cell of a table without a header."""
+    return SchemaError(
+        "source.repeated-column", "two of the table's columns have the same name", field="header",
+        remedy="rename one of them, or set header: false if the first line is not the columns' names",
+    )  # fmt: skip
 
 
 def _by_ending(path: str) -> str:
@@ -120,8 +154,16 @@ def _by_ending(path: str) -> str:
 
 
 def _present(cell: Any, nulls: tuple[str, ...]) -> ir.Value:
-    """A cell, NULL where it is one of the table's texts for missing; text is trimmed."""
-    if not cell.type().is_string():
+    """A cell, NULL where it is one of the table's texts for missing; text is trimmed. Truth is 0 or 1, exact
+    decimals and what the contract has no type for are text, and times with a zone are UTC."""
+    kind = cell.type()
+    if kind.is_boolean():
+        return cell.cast("int8")
+    if kind.is_timestamp() and kind.timezone is not None:
+        return cell.cast("timestamp(6)")
+    if kind.is_decimal() or kind.is_uuid() or kind.is_time() or kind.is_interval():
+        return cell.cast("string")
+    if not kind.is_string():
         return cell
     text = cell.strip()
     return ibis.ifelse(text.isin(sorted({"", *nulls})), ibis.null("string"), text)

@@ -1,0 +1,79 @@
+"""What a site remembers of exact queries, so that two of them cannot be subtracted.
+
+The same query (data set, program, version, handler, parameters, arrays) over rows that differ
+by fewer than k people tells their values: the difference of the two answers. So the journal
+keeps, with every exact release, what was asked and a *sketch* of the rows it was asked of,
+and refuses a query that was asked before over rows that differ by 1 … k − 1.
+
+Under a protection that hides a site's share, the cohort is remembered too: the same rows asked of
+a cohort that has one site more or less would tell that site's share.
+
+What this does not stop: a query that is put in another way, and iterations that are near-repeats.
+Both are what differential privacy is for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from atoll.contract.errors import DisclosureError
+from atoll.contract.wire import Json, Message, body_parts, canonical_json
+from atoll.data.sketch import Sketch
+
+
+def question_digest(message: Message) -> str:
+    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent arrays."""
+    return _digest("question", message, {name: message.meta[name] for name in ("params", "view", "fields")})
+
+
+def query_key(dataset: str, message: Message) -> str:
+    """What makes two queries the same: data set, program, version, handler, parameters and sent arrays (hex).
+    Not the recipe: the same query over other rows is what is looked for."""
+    asked = {name: message.meta[name] for name in ("program", "version", "name", "params")}
+    return _digest("query", message, {"dataset": dataset, **asked})
+
+
+def _digest(what: str, message: Message, asked: Json) -> str:
+    specs, parts = body_parts(message.arrays)
+    digest = hashlib.sha256(f"atoll {what} 1\0".encode() + canonical_json([asked, specs]))
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """An exact query, as it is remembered: its digest, the sketches of the rows it was asked of (training and
+    held-out, [2, cells]), and, where a protection hides the site's share, the cohort."""
+
+    key: str
+    rows: Sketch
+    cohort: frozenset[str]
+    min_group_size: int
+
+    @property
+    def digest(self) -> str:
+        """Of the rows' sketches, hex."""
+        return hashlib.sha256(self.rows.tobytes()).hexdigest()
+
+    def check(self, cells: bytes, cohort: frozenset[str]) -> None:
+        """Raise DisclosureError if subtracting the answer given for *cells* and *cohort* would tell too much."""
+        before = np.frombuffer(cells, np.uint64).reshape(self.rows.shape)
+        changed = (before != self.rows).sum(axis=1)
+        if ((changed > 0) & (changed < self.min_group_size)).any():
+            raise DisclosureError(
+                "disclosure.differencing",
+                f"the same was asked before, over rows that differ by fewer than {self.min_group_size}",
+                field="repeats",
+                remedy="ask about disjoint, closed periods; the site's operator decides: policy.yaml, 'repeats'",
+            )
+        if not changed.any() and self.cohort and cohort and len(self.cohort ^ cohort) == 1:
+            raise DisclosureError(
+                "disclosure.cohort-differencing",
+                "the same was asked before, of a cohort that differs by one site",
+                field="repeats",
+                remedy="keep the cohort, or change it by two sites; the operator decides: policy.yaml, 'repeats'",
+            )
