@@ -346,3 +346,11 @@ def test_yaml_makes_no_objects(tmp_path: Path) -> None:
 def test_an_unquoted_date_is_refused_with_the_remedy(tmp_path: Path) -> None:
     text = yaml.safe_dump(changed("params", {})).replace("params: {}", "params: {since: 2024-01-01}")
     assert "quote dates" in str(load_problem(write(tmp_path, plan=text)))
+
+
+def test_only_true_and_false_are_booleans(tmp_path: Path) -> None:
+    """In YAML 1.1 "on" is true, and Norway's code is false."""
+    (tmp_path / "x.yaml").write_text("on: time\ncountry: [NO, SE]\noff: yes\nevaluate: false\nholdout: 0.5\n")
+    assert read_yaml(tmp_path / "x.yaml", "file") == {
+        "on": "time", "country": ["NO", "SE"], "off": "yes", "evaluate": False, "holdout": 0.5
+    }  # fmt: skip

@@ -118,6 +118,7 @@ class Program(Protocol):
     version: str
     capabilities: Capabilities
     calls: frozenset[str]
+    parts: tuple[Program, ...]
     params: Any
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps: ...
@@ -184,7 +185,8 @@ def program(
 
     needs: reductions it yields ("sum", "gather", "stream") and anything else it requires of
     the protection; offers: what it guarantees ("bounded", "resolution", "bounded-weight").
-    calls: programs it runs by ``yield from``; sites answer no others within a study of it.
+    calls: programs it runs by ``yield from``; sites answer no others within a study of it. (One that knows
+    before it runs which programs, with which parameters, lists them built as ``self.parts`` instead.)
     """
 
     def register(cls: C) -> C:
@@ -203,6 +205,7 @@ def program(
         coordinate.__doc__ = inner.__doc__
         cls.coordinate = coordinate
         cls.name, cls.version, cls.handlers, cls.calls = name, version, handlers, frozenset(calls or ())
+        cls.parts = ()
         cls.capabilities = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
         known = REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):

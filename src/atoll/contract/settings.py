@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -28,12 +29,25 @@ def _as_sent(value: Mapping[str, Json]) -> Mapping[str, Json]:
 Options = Annotated[Mapping[str, Json], AfterValidator(_as_sent)]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose only booleans are true and false, as in YAML 1.2: "on" is a key, and "NO" a country."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+
+
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """A YAML mapping from a file. Raises PlanError when it is missing, too large or not a mapping."""
     try:
         if path.stat().st_size > 4 << 20:
             raise PlanError("plan.too-large", f"the {what} file exceeds 4 MiB", field=path.name)
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)  # noqa: S506  (a safe loader)
     except FileNotFoundError:
         raise PlanError(
             "plan.missing-file", f"there is no {what} file {path}", remedy="check the path", field=path.name

@@ -25,7 +25,7 @@ import pyarrow as pa
 
 from atoll.contract.errors import AtollError, SchemaError
 
-MEMORY_BYTES = 384 << 20
+MEMORY_BYTES = 256 << 20
 """What DuckDB may hold in memory; the rest goes to the scratch folder."""
 
 

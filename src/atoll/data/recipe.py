@@ -46,7 +46,9 @@ class Prepared:
         changed = False
         for number, step in enumerate(self.steps):
             needed = {name for need in step.needs() for name in need.columns}
-            needed |= {str(value) for need in step.needs() for name, value in need.options if name in ("by", "target")}
+            for name, value in (option for need in step.needs() for option in need.options):
+                if name in ("by", "target"):
+                    needed |= {value} if isinstance(value, str) else {str(column) for column in value}
             if needed and (changed or waiting & needed):
                 stages.append([])
                 waiting, changed = set(), False

@@ -89,12 +89,14 @@ class Table:
 
     def rows(self, mask: NDArray[np.bool_]) -> Table:
         """The rows where *mask* is True, in order."""
+        if mask.all():
+            return self
         held_out = None if self.held_out is None else self.held_out[mask]
         columns: Mapping[str, NDArray[Any]]
         if isinstance(self.columns, dict):
             columns = {name: column[mask] for name, column in self.columns.items()}
         else:
-            columns = self.columns if mask.all() else Selected(self.columns, mask)
+            columns = Selected(self.columns, mask)
         return Table(self.schema, columns, held_out, self.dropped, None if self.marked is None else self.marked[mask])
 
     def parts(self) -> tuple[Table, Table]:

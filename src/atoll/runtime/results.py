@@ -66,6 +66,7 @@ def summarise(
         "privacy": {"protection": plan.protection, "unit": None, "epsilon": None,
                     "statement": PROTECTED.get(plan.protection, "")},
         "fitted": outcome["fitted"],
+        "preparation": outcome["preparation"],
         "curves": evaluation.get("curves", {}),
     }  # fmt: skip
     arrays: dict[str, Array] = {}

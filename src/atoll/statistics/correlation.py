@@ -10,17 +10,17 @@ have all columns. Ranks are mid-ranks over a column's non-missing values (listwi
 so that Spearman is pandas' ``df.rank().corr()``, which is ``df.corr("spearman")`` if nothing is missing.
 
 Error. With the rows of a bin at its middle rank, the vector u of a column's ranks is known but for some e:
-|e| ≤ √Σ(c³ − c)/12 over the counts c of bins that may hold different values, and D√n more where sites moved
-up to D rows across a bin's edge. So u's direction is within arcsin(|e|/|u|) of the truth, and a correlation,
-the cosine between two, within what both together may turn it. Bins hold one value each, and the answer
-is exact, where the codes or integers fit into *bins*.
+|e| ≤ √Σ(c³ − c)/12 over the counts c of bins that may hold different values, and more where sites protect small
+groups (below). So u's direction is within arcsin(|e|/|u|) of the truth, and a correlation, the cosine between
+two, within what both together may turn it. Bins hold one value each, and the answer is exact, where
+the codes or integers fit into *bins*.
 
 Small groups. A pair is withheld where fewer than k rows have both columns, or have the one but not the other:
 the difference of the column's sums would tell those. (Differences between three columns' rows are not looked
-at: use ``listwise``.) Where a site's counts are seen alone (``site.min_group_size`` = k > 1) its histograms, of all
+at: use ``listwise``.) Where a site's own numbers are seen (``site.min_group_size`` = k > 1), its histograms, of all
 refinements together, hold nobody or k people between neighbouring cuts; other edges are told as the nearer cut,
-which is off by D ≤ k − 1 rows. Ranks are made at the site from counts that hold at least its own, so
-that no made-up score can single out a row.
+which is off by D ≤ k − 1 rows, and e by D√n. And at least k of its rows share a score, their mean, so that no
+counts that a coordinator makes up single out a row: e grows by at most what these groups span.
 
 The coordinator learns, of the cohort's total: counts, moments or histograms of each column, and for each
 pair the count, sums, squares and cross-product; under ``plain`` each site's. Threat model: as the plan's
@@ -33,7 +33,7 @@ Sources: Chan, Golub & LeVeque 1983 (two-pass moments); Kendall & Gibbons 1990, 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -54,8 +54,7 @@ BINS = Cells("histogram", "withheld")
 PAIRS = Cells("pairs", "withheld", values=("sums",), lines=(2,))
 """[columns, columns, 2]: rows with both columns, and rows with the first alone."""
 LOST = 1e-6
-"""A spread below this share of the mean square has lost digits, below NOISE all of them."""
-NOISE = 1e-12
+"""A spread below this share of the mean square has lost digits."""
 
 
 @program("statistics.correlation", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
@@ -100,12 +99,17 @@ class Correlation:
             center, scale, bound, sites = yield from self._scales(cohort, names)
             send = {"center": center, "scale": scale}
         fields = {
+            "rows": count(bound=cohort.schema.max_rows),
             "pairs": count((p, p, 2), bound=cohort.schema.max_rows),
             "sums": real((p, p, 2, 3), bound=bound, step=1e-9),
             "withheld": withheld((p, p, 2)),
         }
         asked = "rank_products" if ranked else "products"
-        total = yield Round(asked, Sum(), self._guarded(fields, cohort), send, sites=sites)
+        if ranked:
+            fields["blur"] = real(p, bound=4 * bound, step=1e-9)
+        total = yield Round(asked, Sum(), fields, send, sites=sites)
+        if ranked:
+            error = error + scale * np.sqrt(total["blur"])
         hidden = PAIRS.hidden(total, cohort.min_group_size)[..., 0]
         hidden |= hidden.T
         n = total["pairs"][..., 0].astype(np.float64)
@@ -113,9 +117,8 @@ class Correlation:
         with np.errstate(invalid="ignore", divide="ignore"):
             spread = np.maximum(q - s**2 / n, 0)
             r = (c - s * s.T / n) / np.sqrt(spread * spread.T)
-        flat = ~(spread > NOISE * q) | (n < 2)
-        dull = (spread < LOST * q) & ~flat
-        undefined = flat | flat.T | dull | dull.T | hidden
+        flat = ~(spread > LOST * q) | (n < 2)
+        undefined = flat | flat.T | hidden
         r = np.where(undefined, np.nan, np.clip(r, -1, 1))
         np.fill_diagonal(r, np.where(np.diag(undefined), np.nan, 1.0))
         mean = center + scale * np.diag(s) / n.diagonal().clip(1)
@@ -136,14 +139,9 @@ class Correlation:
             "p_values": _told(_p_values(r, n)),
             "error_bound": None if bounds is None else _told(bounds),
             **({} if ranked else described),
-            "notes": _notes(names, hidden, np.diag(flat) & ~np.diag(hidden), dull & ~hidden, " beyond a bin" if ranked else ""),
+            "notes": _notes(names, hidden, flat & ~hidden, " beyond a bin" if ranked else ""),
         }
         return {"correlation": found}
-
-    def _guarded(self, fields: Mapping[str, Any], cohort: Cohort) -> dict[str, Any]:
-        """*fields*, and the counts that everything depends on."""
-        rows = count(bound=cohort.schema.max_rows)
-        return {**fields, "rows": rows, **({"complete": rows} if self._listwise else {})}
 
     def _scales(
         self, cohort: Cohort, names: tuple[str, ...]
@@ -154,13 +152,14 @@ class Correlation:
         center, unit, bound, sites = middle, half, float(cohort.schema.max_rows), None
         for _ in range(2):
             fields = {
+                "rows": count(bound=cohort.schema.max_rows),
                 "count": count(len(names), bound=cohort.schema.max_rows),
                 "s1": real(len(names), bound=bound, step=1e-9),
                 "s2": real(len(names), bound=bound, step=1e-9),
                 "withheld": withheld(len(names)),
             }
             send = {"center": center, "scale": unit}
-            total = yield Round("moments", Sum(), self._guarded(fields, cohort), send, sites=sites)
+            total = yield Round("moments", Sum(), fields, send, sites=sites)
             usable = (total["count"] > 0) & ~COLUMN.hidden(total, cohort.min_group_size)
             n, sites = np.maximum(total["count"], 1).astype(np.float64), total.sites
             shift, square = total["s1"] / n, total["s2"] / n
@@ -183,11 +182,12 @@ class Correlation:
         edges = np.array([_edges(column, size, None) for column in columns]).reshape(-1, size)
         for number in range(1 + self.params.refinements):
             fields = {
+                "rows": count(bound=rows),
                 "histogram": count(edges.shape, bound=rows),
                 "slack": count(len(names), bound=rows),
                 "withheld": withheld(edges.shape),
             }
-            total = yield Round("histogram", Sum(), self._guarded(fields, cohort), {"edges": edges}, sites=sites)
+            total = yield Round("histogram", Sum(), fields, {"edges": edges}, sites=sites)
             counts, sites = total["histogram"].astype(np.float64), total.sites
             counts[total["withheld"].any(axis=1)] = 0  # ranks of a column of which a part is withheld are none
             single = np.array([_single(c, e) for c, e in zip(columns, edges, strict=True)]).reshape(-1, size)
@@ -222,13 +222,10 @@ class Correlation:
             done += len(batch)
             site.progress(done, len(site.table))
 
-    def _counted(self, site: SiteView, complete: int) -> dict[str, int]:
-        return {"rows": len(site.table), **({"complete": complete} if self._listwise else {})}
-
-    @handler("moments", groups=("rows", "complete"), cells=COLUMN)
+    @handler("moments", groups=("rows",), cells=COLUMN)
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the centre sent, in the unit sent."""
-        p, complete = len(self._names(site.table.schema)), 0
+        p, rows = len(self._names(site.table.schema)), 0
         center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
         counts, s1, s2 = np.zeros(p, np.int64), np.zeros(p), np.zeros(p)
         for batch in self._batches(site):
@@ -237,73 +234,79 @@ class Correlation:
             counts += known.sum(axis=0)
             s1 += z.sum(axis=0)
             s2 += (z**2).sum(axis=0)
-            complete += len(batch)
-        return {**self._counted(site, complete), "count": counts, "s1": s1, "s2": s2}
+            rows += len(batch)
+        return {"rows": rows, "count": counts, "s1": s1, "s2": s2}
 
-    @handler("products", groups=("rows", "complete"), cells=PAIRS)
+    @handler("products", groups=("rows",), cells=PAIRS)
     def products(self, site: SiteView, task: Task) -> Reply:
         """At the site: for each pair of columns the rows, sums, squares and cross-products about the centre sent."""
         p = len(self._names(site.table.schema))
         center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
         return self._products(site, ((batch - center) / scale for batch in self._batches(site)))
 
-    @handler("histogram", groups=("rows", "complete"), cells=BINS)
+    @handler("histogram", groups=("rows",), cells=BINS)
     def histogram(self, site: SiteView, task: Task) -> Reply:
         """At the site: how many rows each column has from each edge sent to the next."""
         names, smallest = self._names(site.table.schema), site.min_group_size
         asked = task.take("edges", (len(names), self._size(site.table.schema)))
         cuts = [site.state.get(f"cuts {name}", np.zeros(0)) for name in names]
         edges = [np.unique(np.concatenate(pair)) for pair in zip(asked, cuts, strict=True)]
-        counts, complete = [np.zeros(len(e), np.int64) for e in edges], 0
+        counts, rows = [np.zeros(len(e), np.int64) for e in edges], 0
         for batch in self._batches(site):
             for column, e, found in zip(batch.T, edges, counts, strict=True):
                 found += np.bincount(_bins(e, column[~np.isnan(column)]), minlength=len(e))
-            complete += len(batch)
+            rows += len(batch)
         told, slack = np.zeros(asked.shape, np.int64), np.zeros(len(names), np.int64)
+        own = np.zeros(asked.shape)
         for i, name in enumerate(names):
             n, below = counts[i].sum(), np.cumsum(counts[i]) - counts[i]
             shown, cut = _cut(below, n, np.isin(edges[i], cuts[i]), smallest)
             place = np.searchsorted(edges[i], asked[i])
             told[i] = np.diff(np.append(shown[place], n))
             told[i, 0] += shown[place[0]]
+            own[i] = np.diff(np.append(below[place], n))
+            own[i, 0] += below[place[0]]
             slack[i] = (smallest - 1) * bool((shown != below)[place].any())
             if smallest > 1:
                 site.state[f"cuts {name}"] = edges[i][cut]
-        site.state["edges"], site.state["histogram"] = asked.copy(), told.astype(np.float64)
-        return {**self._counted(site, complete), "histogram": told, "slack": slack}
+        site.state["edges"], site.state["told"] = asked.copy(), told.astype(np.float64)
+        site.state["own"] = own
+        return {"rows": rows, "histogram": told, "slack": slack}
 
-    @handler("rank_products", groups=("rows", "complete"), cells=PAIRS)
+    @handler("rank_products", groups=("rows",), cells=PAIRS)
     def rank_products(self, site: SiteView, task: Task) -> Reply:
         """At the site: the same of the rows' ranks in the histograms sent."""
         shape = (len(self._names(site.table.schema)), self._size(site.table.schema))
         counts, edges = task.take("counts", shape), site.state.get("edges")
         if edges is None or edges.shape != shape:
             raise ProtocolError("task.array", "no histogram was asked for before its ranks", field="counts")
-        scores, _ = _scores(np.maximum(counts, site.state["histogram"]))
-        return self._products(site, (_looked_up(batch, edges, scores) for batch in self._batches(site)))
+        scores, _ = _scores(np.maximum(counts, site.state["told"]))
+        shared = [_shared(*each, site.min_group_size) for each in zip(scores, site.state["own"], strict=True)]
+        table = [score for score, _ in shared]
+        reply = self._products(site, (_looked_up(batch, edges, table) for batch in self._batches(site)))
+        return {**reply, "blur": np.array([blur for _, blur in shared])}
 
     def _products(self, site: SiteView, batches: Iterator[Floats]) -> Reply:
-        p, complete = len(self._names(site.table.schema)), 0
+        p, rows = len(self._names(site.table.schema)), 0
         pairs, sums = np.zeros((p, p)), np.zeros((3, p, p))
-        for z in batches:
-            known = ~np.isnan(z)
-            if known.all():  # the usual case: one product of matrices instead of four
-                pairs += len(z)
-                sums[0] += z.sum(axis=0)[:, None]
-                sums[1] += (z**2).sum(axis=0)[:, None]
-            else:
-                z = np.where(known, z, 0)
-                mask = known.astype(np.float64)
-                pairs += mask.T @ mask
-                sums[0] += z.T @ mask
-                sums[1] += (z**2).T @ mask
+        for batch in batches:
+            known = ~np.isnan(batch)
+            holes = ~known.all(axis=0)  # only these columns need a product of masks
+            mask, z = known[:, holes].astype(np.float64), np.where(known, batch, 0) if holes.any() else batch
+            common = np.minimum.outer(known.sum(axis=0), known.sum(axis=0)).astype(np.float64)
+            common[np.ix_(holes, holes)] = mask.T @ mask
+            pairs += common
+            for power, total in ((z, sums[0]), (z**2, sums[1])):
+                together = np.repeat(power.sum(axis=0)[:, None], p, axis=1)
+                together[:, holes] = power.T @ mask
+                total += together
             sums[2] += z.T @ z
-            complete += len(z)
+            rows += len(z)
         both = np.rint(pairs).astype(np.int64)
         told = np.zeros((p, p, 2, 3))
         told[:, :, 0] = np.moveaxis(sums, 0, -1)
         alone = np.diag(both)[:, None] - both
-        return {**self._counted(site, complete), "pairs": np.stack([both, alone], axis=-1), "sums": told}
+        return {"rows": rows, "pairs": np.stack([both, alone], axis=-1), "sums": told}
 
 
 # ---------------------------------------------------------------- ranks from histograms
@@ -355,12 +358,32 @@ def _scores(counts: Floats) -> tuple[Floats, Floats]:
     return ranks / unit[:, None], unit
 
 
+def _shared(scores: Floats, own: Floats, smallest: int) -> tuple[Floats, float]:
+    """(the bins' scores when at least *smallest* of the rows, *own* in each bin, have the same; a bound for Σ of
+    the squares that they differ by), of ascending *scores* [size]."""
+    if smallest <= 1:
+        return scores, 0.0
+    ends, pending = [], 0.0
+    for i, rows in enumerate(own.tolist()):
+        pending += rows
+        if pending >= smallest:
+            ends.append(i)
+            pending = 0.0
+    last = np.array([*ends[:-1], len(own) - 1])
+    group = np.searchsorted(last, np.arange(len(own)))
+    n = np.bincount(group, own)
+    mean = np.bincount(group, own * scores) / np.maximum(n, 1)
+    span = scores[last] - scores[np.append(0, last[:-1] + 1)]
+    mixed = np.bincount(group, own > 0) > 1
+    return mean[group], float((n * mixed * span**2).sum() / 4)
+
+
 def _bins(edges: Floats, values: Floats) -> NDArray[np.int64]:
     """The bin of each value; what lies below the first edge is in the first bin."""
     return np.maximum(np.searchsorted(edges, values, "right") - 1, 0)
 
 
-def _looked_up(batch: Floats, edges: Floats, scores: Floats) -> Floats:
+def _looked_up(batch: Floats, edges: Floats, scores: Sequence[Floats]) -> Floats:
     found = np.empty(batch.shape)
     for i in range(batch.shape[1]):
         found[:, i] = scores[i][_bins(edges[i], batch[:, i])]
@@ -420,15 +443,14 @@ def _told(values: Floats, kind: type = float) -> list[Any]:
     return [_told(v, kind) if v.ndim else None if np.isnan(v) else kind(v) for v in values]
 
 
-def _notes(
-    names: tuple[str, ...], hidden: NDArray[np.bool_], flat: NDArray[np.bool_], dull: NDArray[np.bool_], beyond: str
-) -> list[str]:
-    notes = []
-    if flat.any():
-        notes.append(f"does not vary{beyond}, so correlations are undefined: " + ", ".join(np.array(names)[flat]))
+def _notes(names: tuple[str, ...], hidden: NDArray[np.bool_], flat: NDArray[np.bool_], beyond: str) -> list[str]:
+    """Why correlations are not told: *hidden*, and *flat* (the first column, in the rows that both have)."""
+    notes, still = [], flat.diagonal()
+    if still.any():
+        notes.append(f"does not vary{beyond}, so correlations are undefined: " + ", ".join(np.array(names)[still]))
     for mask, why in (
         (hidden, "withheld, as too few people have both columns, or one without the other"),
-        (dull | dull.T, "not told, as the spread in common rows is lost beside the distance from the column's mean"),
+        ((flat | flat.T) & ~still & ~still[:, None], "undefined, as one hardly varies in the rows that have both"),
     ):
         pairs = [f"{names[i]}-{names[j]}" if i < j else names[i] for i, j in np.argwhere(np.triu(mask))]
         if pairs:

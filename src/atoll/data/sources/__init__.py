@@ -88,7 +88,7 @@ def source(name: str, *endings: str) -> Callable[[Opener], Opener]:
 def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engine) -> Frame:
     """The table at *spec* in the engine, with the contract's names, before any cleaning: text is trimmed, and
     cells that mean "missing" are NULL. Raises SchemaError naming the file and the remedy."""
-    return Frame(engine, open_cells(spec, schema, base, engine), schema)
+    return Frame(engine, open_cells(spec, schema, base, engine), schema, units=spec.units)
 
 
 def open_cells(spec: SourceSpec, schema: TableSchema | None, base: Path, engine: Engine) -> ir.Table:
@@ -116,12 +116,17 @@ def open_cells(spec: SourceSpec, schema: TableSchema | None, base: Path, engine:
         if len(names) < len(raw.columns):
             raise repeated_columns()
         table = raw.select(**{name: _present(cell, spec.nulls) for name, cell in names.items()})
-        return table if ROW in raw.columns else engine.keep(table, number=ROW)
+        if ROW in raw.columns:
+            return table
+        kept = engine.keep(table, number=ROW)
+        if raw.get_name().startswith("kept "):  # once is enough
+            engine.backend.con.execute(f'DROP TABLE "{raw.get_name()}"')
+        return kept
 
 
 def known_columns(frame: Frame, spec: SourceSpec) -> Frame:
     """*frame* with exactly the contract's columns; raises SchemaError listing what is missing or too much."""
-    extra = spec.extra or ("ignore" if spec.url or spec.table else "refuse")
+    extra = spec.extra or ("ignore" if spec.url or spec.table or spec.query else "refuse")
     check_columns([name for name in frame.table.columns if name != ROW], frame.schema, extra=extra)
     return frame.replace({}, frame.schema)
 

@@ -6,7 +6,7 @@ import csv
 import glob
 import io
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO
 
@@ -28,19 +28,19 @@ def open_csv(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: E
     """All cells as text. The whole dialect is given: an engine that guesses may take a row for a comment or a title."""
     separator = spec.separator or ("\t" if ".tsv" in [suffix.lower() for suffix in path.suffixes] else ",")
     with as_utf8(path, spec.encoding, engine) as plain:
-        try:
+        names: list[str] = []
+        with suppress(UnicodeError):  # check_utf8 tells of it
             names = _names(plain, separator, spec, schema)
-            return _kept(plain, names, separator, engine, header=spec.header)
-        except UnicodeError:
-            check_utf8(plain)
-            raise
-        except SchemaError as error:
-            if error.code != "source.unreadable":
-                raise
-            check_utf8(plain)
-            with spooled(engine) as tidy:  # strict parsers refuse some files that are not ambiguous
-                _write_tidy(plain, tidy, len(names), separator)
-                return _kept(tidy, names, ",", engine, header=spec.header)
+        if names:
+            try:
+                return _kept(plain, names, separator, engine, header=spec.header)
+            except SchemaError as error:
+                if error.code != "source.unreadable":
+                    raise
+        check_utf8(plain)
+        with spooled(engine) as tidy:  # strict parsers refuse some files that are not ambiguous
+            _write_tidy(plain, tidy, len(names), separator)
+            return _kept(tidy, names, ",", engine, header=spec.header)
 
 
 def _kept(path: Path, names: list[str], separator: str, engine: Engine, *, header: bool) -> ir.Table:

@@ -25,7 +25,7 @@ _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "ut
 
 
 def compression(path: Path) -> str:
-    """"gzip", "zstd" or "none", by the file's first bytes."""
+    """ "gzip", "zstd" or "none", by the file's first bytes."""
     with path.open("rb") as file:
         start = file.read(4)
     return "gzip" if start[:2] == b"\x1f\x8b" else "zstd" if start == b"\x28\xb5\x2f\xfd" else "none"
@@ -104,7 +104,7 @@ def _transcode(path: Path, name: str, copy: Path) -> None:
     try:
         with opened(path) as file, copy.open("wb") as out:
             while block := file.read(BLOCK_BYTES):
-                suspicious = suspicious or not (wide or block.isascii()) or (b"\0" in block and not wide)
+                suspicious = suspicious or not (wide or (block.isascii() and b"\0" not in block))
                 out.write(decoder.decode(block).encode())
             out.write(decoder.decode(b"", final=True).encode())
     except UnicodeError:
@@ -195,4 +195,5 @@ def _common(data: bytes, encoding: str, frequent: str, lowest: int, highest: int
     """Are nine in ten characters beyond ASCII those of everyday text (in *frequent*, first byte in the range)?"""
     text = [c for c in data.decode(encoding, "replace") if not c.isascii()]
     codes = [c.encode(frequent, "ignore") for c in text]
-    return sum(len(code) == 2 and (lowest <= code[0] <= highest or code[0] in (0xA1, 0xA3)) for code in codes) >= 0.9 * len(text)
+    everyday = sum(len(c) == 2 and (lowest <= c[0] <= highest or c[0] in (0xA1, 0xA3)) for c in codes)
+    return everyday >= 0.9 * len(text)

@@ -13,7 +13,7 @@ from atoll.data.sources import SourceSpec, source
 
 
 @source("parquet", ".parquet", ".pq")
-def open_parquet(spec: SourceSpec, path: Path, schema: TableSchema, engine: Engine) -> ir.Table:
+def open_parquet(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
     """The file's columns, read when they are looked at."""
     with telling():
         table: ir.Table = engine.backend.read_parquet(glob.escape(str(path)))

@@ -1,0 +1,39 @@
+"""Where a row of neighbouring cells may be cut, so that no part holds a small group.
+
+Counts along an axis (time, values) are told as cumulative counts at cuts. If every part between neighbouring
+cuts holds nobody or at least k people of every class, so does every difference of what was told; other cells are told
+only together with their neighbours. That is secondary suppression by merging (Hundepool et al. 2012, §4.4 and
+"global recoding", §3.3.1): fewer cells, and none with a gap. Every site tries the cuts in the same order, each
+half before any quarter, so that sites mostly agree, and what all of them told can be added.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def halving(size: int) -> list[int]:
+    """0 … size − 1, the middle first: every half is cut before any quarter."""
+    return [i for s in reversed(range(size.bit_length())) for i in range(2**s - 1, size, 2 ** (s + 1))]
+
+
+def kept(reached: NDArray[np.integer], total: NDArray[np.integer], order: Iterable[int], smallest: int) -> list[int]:
+    """Of the cuts in *order*, in turn, those that leave nobody or *smallest* people of each class beside them, sorted.
+
+    reached: people of each class up to each cut, [cuts, classes]; total: in all, [classes].
+    """
+    if smallest <= 1:
+        return sorted(set(order))
+    found: list[int] = []
+    ends = [np.zeros_like(total), total]
+    for place in order:
+        at = bisect_left(found, place)
+        parts = np.concatenate([reached[place] - ends[at], ends[at + 1] - reached[place]])
+        if found[at : at + 1] != [place] and ((parts == 0) | (parts >= smallest)).all():
+            found.insert(at, place)
+            ends.insert(at + 1, reached[place])
+    return found

@@ -1,0 +1,356 @@
+"""Data-quality scores: of the cohort, and of each site that shares its own, as a weight for aggregation.
+
+Parties: sites and coordinator. Messages: the rounds of ``statistics.quantiles`` for the cohort's quartiles; one Sum,
+"months", of rows a month, where there is a time column; one Sum, "counts", for which quartiles and
+newest month go out; round "own" (asked only where a site's policy may share it) gathers each site's score.
+
+Validity, types, ranges and code lists, is the contract's: no row breaks it. What is scored, each in [0, 1]:
+
+- completeness: share of cells that are not missing, mean over columns.
+- uniqueness: share of rows that repeat no earlier row in every column. Rows are compared by 64-bit hashes (at ten
+  million rows a chance of 3e-6 that two unlike rows count as alike).
+- plausibility: share of numbers within *outlier* robust standard deviations (IQR / 1.349) of the cohort's
+  median, mean over columns; columns with an IQR of 0 are left out (Rousseeuw & Croux 1993 on robust scales).
+- balance: entropy of the label's classes over its largest possible value.
+- timeliness: share of dated rows within *recent_days* before the end of the cohort's newest month, that being the
+  newest with at least the smallest group of rows.
+
+The score is their geometric mean with *weights*, each component counting as at least FLOOR, so that one of
+zero does not silence a site. Components that are undefined (no label, no time column) are left out.
+
+Unit flags: a site whose own median is, in size, about 10^p times the cohort's (p rounded, at most 3 in size, not 0)
+raises a flag for that column: an amount in cents, a weight in grams. Medians, as
+most rows then still are in the right unit. Flags leave as counts of sites.
+
+The coordinator learns, of the cohort's total: rows, quartiles, rows a month, missing cells, duplicates, outliers, label
+counts, recent rows and flags; under ``plain`` each site's, where counts of fewer than k are withheld (a component
+that needs one is None, and *note* says so); and the own scores of sites that share "metrics".
+Threat model: as the plan's protection; a site judges by one set of quartiles in a run, so that counts
+at others cannot be subtracted. Dropout: the survivors' counts. Cost: quantiles' rounds (6 KiB a number and
+round), 22 KiB if there is a time column, and under 100 bytes a column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from atoll.contract.disclosure import Cells
+from atoll.contract.errors import PlanError, PolicyError, ProtocolError
+from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
+from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.schema import TableSchema
+from atoll.contract.wire import Array
+from atoll.statistics.quantiles import Quantiles
+
+Floats = NDArray[np.float64]
+COMPONENTS = ("completeness", "uniqueness", "plausibility", "balance", "timeliness")
+FLOOR = 0.01
+POWERS = (-3, -2, -1, 1, 2, 3)
+FIRST_MONTH = np.datetime64("1900-01", "M")
+MONTHS = 12 * 250
+"""Dates outside of 1900 to 2149 count as in the first or last month."""
+MONTH = Cells("months", "months_withheld")
+MISSING = Cells("missing", "missing_withheld")
+OUTLIERS = Cells("outliers", "outliers_withheld")
+DUPLICATES = Cells("duplicates", "duplicates_withheld")
+LABELS = Cells("labels", "labels_withheld", lines=(0,))
+DATED = Cells("dated", "dated_withheld", lines=(0,))
+TABLES = (MISSING, OUTLIERS, DUPLICATES, LABELS, DATED)
+Weight = Annotated[float, Field(ge=0)]
+
+
+@program(
+    "statistics.quality",
+    needs={"sum"},
+    offers={"bounded", "resolution", "bounded-weight"},
+    calls={"statistics.quantiles"},
+)
+class Quality:
+    """Data-quality score of the cohort and of sites: completeness, duplicates, outliers, balance, timeliness, units."""
+
+    class Params(ProgramParams):
+        """columns: whose cells are looked at (default: all). label: column with a code list (default: the first of
+        that role). time: date column (default: the first of that role). outlier: in robust standard deviations.
+        recent_days: see timeliness. weights: of the components (default: 1 each). own: also ask for each
+        site's own score, where its policy shares it."""
+
+        columns: tuple[str, ...] = ()
+        label: str = ""
+        time: str = ""
+        outlier: float = Field(default=4.0, gt=0)
+        recent_days: int = Field(default=30, ge=1)
+        weights: dict[str, Weight] = Field(default_factory=dict)
+        own: bool = True
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+
+    def _columns(self, schema: TableSchema) -> tuple[list[str], list[str], str, str]:
+        """(columns, those with a range of numbers, label or "", time or ""); raises PlanError for others."""
+        used = {name: column for name, column in schema.columns.items() if column.role != "ignore"}
+        names = list(self.params.columns or used)
+        if bad := sorted(set(names) - set(used)):
+            raise PlanError("plan.bad-column", "quality needs columns of the schema", field=", ".join(bad))
+        numbers = [n for n in names if n in schema.numeric_columns() and used[n].values is None]
+        labels = [n for n, column in used.items() if column.values is not None]
+        dates = [n for n, column in used.items() if column.dtype in ("date", "datetime")]
+        label = self.params.label or next((n for n in labels if used[n].role == "label"), "")
+        time = self.params.time or next((n for n in dates if used[n].role == "time"), "")
+        if label and label not in labels:
+            raise PlanError("plan.bad-column", "a label for balance needs a code list", field=label)
+        if time and time not in dates:
+            raise PlanError("plan.bad-column", "timeliness needs a date or datetime column", field=time)
+        if bad := sorted(set(self.params.weights) - set(COMPONENTS)):
+            raise PlanError("plan.bad-value", f"components are {', '.join(COMPONENTS)}", field=", ".join(bad))
+        return names, numbers, label, time
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """Returns {"quality": {"rows", "score", "components": {name: share or None}, "weights", "columns": {name:
+        {"completeness", "plausibility", "unit_flags": {power of ten: sites}}}, "newest_month", "sites": {site:
+        {"score", "components", "completeness", "plausibility", "unit_flags"}}, "note"}}."""
+        schema, rows, smallest = cohort.schema, cohort.schema.max_rows, cohort.min_group_size
+        names, numbers, label, time = self._columns(schema)
+        classes = len(schema.columns[label].values or ()) if label else 0
+        send: dict[str, Array] = {"quartiles": np.zeros((len(numbers), 3)), "newest": np.full(1, -1.0)}
+        if numbers:
+            asked = Quantiles.Params(columns=tuple(numbers), probabilities=(0.25, 0.5, 0.75))
+            found = (yield from Quantiles(asked).coordinate(cohort))["quantiles"]["columns"]
+            send["quartiles"] = np.array([[v or 0.0 for v in found[n]["values"]] for n in numbers])
+        if time:
+            fields = {"months": count(MONTHS, bound=rows), "months_withheld": withheld(MONTHS)}
+            months = yield Round("months", Sum(), fields)
+            enough = np.flatnonzero(~MONTH.hidden(months, smallest) & (months["months"] > 0))
+            send["newest"] = np.array([float(enough[-1]) if len(enough) else -1.0])
+        shapes = {"missing": len(names), "outliers": len(numbers), "duplicates": 1, "labels": classes, "dated": 2}
+        total = yield Round(
+            "counts",
+            Sum(),
+            {
+                "rows": count(bound=rows),
+                "present": count(len(numbers), bound=rows),
+                "flags": count((len(numbers), len(POWERS)), bound=1),
+                **{name: count(size, bound=rows) for name, size in shapes.items()},
+                **{f"{name}_withheld": withheld(size) for name, size in shapes.items()},
+            },
+            send,
+        )
+        hidden = {cells.counts: cells.hidden(total, smallest) for cells in TABLES}
+        shares = _shares(total, send["quartiles"], {k: np.where(v, np.nan, total[k]) for k, v in hidden.items()})
+        components = _components(shares)
+        columns: dict[str, Any] = {}
+        for i, name in enumerate(names):
+            columns[name] = {"completeness": shares["completeness"][i]}
+            if name in numbers:
+                at = numbers.index(name)
+                flags = {
+                    str(power): int(sites) for power, sites in zip(POWERS, total["flags"][at], strict=True) if sites
+                }
+                columns[name] |= {"plausibility": shares["plausibility"][at], "unit_flags": flags}
+        newest = int(send["newest"][0])
+        own: dict[str, Any] = {}
+        if self.params.own:
+            fields = {name: real(len(values)) for name, values in shares.items()} | {"flags": real(len(numbers))}
+            gathered = yield Round("own", Gather(), fields, send, optional=True)
+            own = {site: self._own(gathered[site], names, numbers) for site in gathered}
+        withheld_parts = [name for name, marks in hidden.items() if marks.any()]
+        return {
+            "quality": {
+                "rows": int(total["rows"]),
+                "score": self._score(components),
+                "components": _told(components),
+                "weights": {name: self.params.weights.get(name, 1.0) for name in COMPONENTS},
+                "columns": {name: _told(column) for name, column in columns.items()},
+                "newest_month": str(FIRST_MONTH + newest) if newest >= 0 else None,
+                "sites": own,
+                "note": f"withheld, and left out of the score: {', '.join(withheld_parts)}" if withheld_parts else "",
+            }
+        }
+
+    def _score(self, components: Mapping[str, float]) -> float | None:
+        """The weighted geometric mean of what is defined."""
+        used = {name: self.params.weights.get(name, 1.0) for name, share in components.items() if not math.isnan(share)}
+        if not sum(used.values()):
+            return None
+        logs = math.fsum(weight * math.log(max(components[name], FLOOR)) for name, weight in used.items())
+        return math.exp(logs / sum(used.values()))
+
+    def _own(self, reply: Mapping[str, Array], names: list[str], numbers: list[str]) -> dict[str, Any]:
+        shares = {name: reply[name] for name in COMPONENTS}
+        components = _components(shares)
+        powers = zip(numbers, reply["flags"], strict=True)
+        return {
+            "score": self._score(components),
+            "components": _told(components),
+            "completeness": _told(dict(zip(names, shares["completeness"], strict=True))),
+            "plausibility": _told(dict(zip(numbers, shares["plausibility"], strict=True))),
+            "unit_flags": {name: int(power) for name, power in powers if power},
+        }
+
+    # ---------------------------------------------------------------- at the site
+
+    @handler("months", cells=MONTH)
+    def months(self, site: SiteView, task: Task) -> Reply:
+        """At the site: rows a month."""
+        *_, time = self._columns(site.table.schema)
+        month = _months(site.table[time])
+        return {"months": np.bincount(month[month >= 0], minlength=MONTHS)}
+
+    @handler("counts", groups=("rows",), cells=TABLES)
+    def counts(self, site: SiteView, task: Task) -> Reply:
+        """At the site: missing cells, duplicate rows, outliers, label classes, recent rows and unit flags."""
+        return self._counted(site, task)
+
+    @handler("own", reduce="gather")
+    def own(self, site: SiteView, task: Task) -> Reply:
+        """At the site: its own shares; withheld unless its policy shares "metrics"."""
+        if not site.shares("metrics"):
+            raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
+        found = self._counted(site, task)
+        flags = (found["flags"] * np.array(POWERS)).sum(axis=1).astype(np.float64)
+        return {**_shares(found, self._judged_by(site, task)[0], found), "flags": flags}
+
+    def _judged_by(self, site: SiteView, task: Task) -> tuple[Floats, int]:
+        """(quartiles [numbers, 3], the newest month or −1): the same throughout a run; raises ProtocolError else."""
+        quartiles = task.take("quartiles", (len(self._columns(site.table.schema)[1]), 3))
+        newest = task.take("newest", (1,))
+        told = np.append(quartiles, newest)
+        if not np.array_equal(site.state.setdefault("judged by", told), told):
+            raise ProtocolError("task.changed", "a site judges by one set of quartiles in a run", field="quartiles")
+        return quartiles, int(np.clip(newest[0], -1, MONTHS - 1))
+
+    def _counted(self, site: SiteView, task: Task) -> dict[str, Any]:
+        table, (quartiles, newest) = site.table, self._judged_by(site, task)
+        names, numbers, label, time = self._columns(table.schema)
+        flags = np.zeros((len(numbers), len(POWERS)), np.int64)
+        present, outliers = np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
+        for i, (name, (lower, median, upper)) in enumerate(zip(numbers, quartiles, strict=True)):
+            values = table[name]
+            values = values[~np.isnan(values)]
+            present[i], reach = len(values), self.params.outlier * (upper - lower) / 1.349
+            outliers[i] = (values < median - reach).sum() + (values > median + reach).sum() if reach > 0 else 0
+            if len(values) >= max(site.min_group_size, 1):
+                flags[i] = np.array(POWERS) == _power(float(np.median(values, overwrite_input=True)), float(median))
+            site.progress(i + 1, len(numbers) + 1)
+        dated = np.zeros(2, np.int64)
+        if time and newest >= 0:
+            end = (FIRST_MONTH + newest + 1).astype("datetime64[D]")
+            days = table[time].astype("datetime64[D]", copy=False)
+            recent = int(((days >= end - self.params.recent_days) & (days < end)).sum())  # NaT is neither
+            dated[:] = recent, len(days) - int(np.isnat(days).sum()) - recent
+        codes = table.codes(label) if label else np.zeros(0, np.int32)
+        classes = len(table.schema.columns[label].values or ()) if label else 0
+        return {
+            "rows": len(table),
+            "missing": np.array([_missing(table, name) for name in names], np.int64),
+            "present": present,
+            "outliers": outliers,
+            "duplicates": np.array([duplicates(table)]),
+            "labels": np.bincount(codes[codes >= 0], minlength=classes),
+            "dated": dated,
+            "flags": flags,
+        }
+
+
+def _shares(sums: Mapping[str, Any], quartiles: Floats, counts: Mapping[str, Any]) -> dict[str, Floats]:
+    """Each component's shares (of columns, or of one), from counts that are NaN where withheld."""
+    rows, present = float(sums["rows"]), np.asarray(sums["present"], np.float64)
+    labels, dated = (np.asarray(counts[name], np.float64) for name in ("labels", "dated"))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = labels / labels.sum()
+        entropy = -np.where(share > 0, share * np.log(share), share * 0).sum() / np.log(len(labels))
+        return {
+            "completeness": 1 - np.asarray(counts["missing"], np.float64) / rows,
+            "uniqueness": 1 - np.asarray(counts["duplicates"], np.float64) / rows,
+            "plausibility": np.where(quartiles[:, 2] > quartiles[:, 0], 1 - counts["outliers"] / present, np.nan),
+            "balance": np.array([entropy if len(labels) > 1 else np.nan]),
+            "timeliness": np.array([dated[0] / dated.sum()]),
+        }
+
+
+def _components(shares: Mapping[str, Floats]) -> dict[str, float]:
+    """The mean of each component's shares that are defined; NaN where none is."""
+    known = {name: values[~np.isnan(values)] for name, values in shares.items()}
+    return {name: float(values.mean()) if len(values) else math.nan for name, values in known.items()}
+
+
+def _told(values: Mapping[str, Any]) -> dict[str, Any]:
+    """*values*, None where NaN."""
+    known = {k: float(v) if isinstance(v, float | np.floating) else v for k, v in values.items()}
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in known.items()}
+
+
+def _power(own: float, cohort: float) -> int:
+    """The power of ten nearest to the ratio of two medians, at most 3 in size; 0 where one of them is 0."""
+    if not own or not cohort:
+        return 0
+    return max(min(round(math.log10(abs(own / cohort))), 3), -3)
+
+
+def _months(dates: NDArray[Any]) -> NDArray[np.int64]:
+    """Months since FIRST_MONTH, −1 where missing, [num_rows]."""
+    known = ~np.isnat(dates)
+    months = np.full(len(dates), -1, np.int64)
+    months[known] = np.clip((dates[known].astype("datetime64[M]") - FIRST_MONTH).astype(np.int64), 0, MONTHS - 1)
+    return months
+
+
+def _missing(table: TableView, name: str) -> int:
+    """Missing cells of one column."""
+    column = table.schema.columns[name]
+    if column.dtype == "image":
+        return 0
+    if column.dtype == "text" and column.values is not None:
+        return int((table.codes(name) < 0).sum())
+    cells = table[name]
+    if column.numeric:
+        return int(np.isnan(cells).sum())
+    return sum(cell is None for cell in cells) if column.dtype == "text" else int(np.isnat(cells).sum())
+
+
+def duplicates(table: TableView) -> int:
+    """Rows that repeat an earlier row in every column (missing cells are alike), by 64-bit hashes."""
+    hashes = np.zeros(len(table), np.uint64)
+    for name, column in table.schema.columns.items():
+        if column.role != "ignore":
+            for start, bits in _bits(table, name):
+                part = hashes[start : start + len(bits)]
+                part *= np.uint64(0x9E3779B97F4A7C15)
+                part ^= bits
+                for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's mixer
+                    part ^= part >> np.uint64(shift)
+                    part *= np.uint64(factor)
+                part ^= part >> np.uint64(31)
+                part += np.uint64(0x9E3779B97F4A7C15)
+    hashes.sort()
+    return int((hashes[1:] == hashes[:-1]).sum())
+
+
+def _bits(table: TableView, name: str, size: int = 1 << 20) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """(first row, cells as 64 bits, alike where cells are) of one column, batch by batch."""
+    column = table.schema.columns[name]
+    seen: dict[Any, int] = {}
+    cells = table.codes(name) if column.dtype == "text" and column.values is not None else table[name]
+    if column.dtype == "image":
+        width = math.prod(column.shape or (1,))
+        size = max(size // width, 1)
+        mixers = np.random.Generator(np.random.Philox(key=1)).integers(1, 2**64, width, np.uint64, endpoint=False)
+    for start in range(0, len(cells), size):
+        batch = cells[start : start + size]
+        if column.dtype == "image":
+            bits = batch.reshape(len(batch), -1).astype(np.uint64) @ mixers
+        elif batch.dtype == object:
+            bits = np.fromiter((seen.setdefault(cell, len(seen)) for cell in batch), np.uint64, len(batch))
+        elif batch.dtype.kind == "f":
+            bits = np.where(np.isnan(batch), np.nan, batch + 0.0).view(np.uint64)  # one NaN, and no −0
+        else:
+            bits = batch.astype(np.int64).view(np.uint64)
+        yield start, bits
+
+
+__all__ = ["COMPONENTS", "FLOOR", "Quality", "duplicates"]

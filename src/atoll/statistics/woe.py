@@ -1,0 +1,385 @@
+"""Weight of evidence and information value of features against a binary label.
+
+Parties: sites and coordinator. Messages: for binning by quantiles (`quantile`, `monotone`, `optimal`) the
+rounds of ``statistics.quantiles``; then one Sum, "labels", of how many rows of each label lie at or below
+every edge. All merging of bins is done by the coordinator on these sums, so every count is exact.
+
+WOE = ln((n / N) / (p / P)) and IV = Σ (n / N − p / P) · WOE over a feature's bins, missing cells being one
+of them, with n negatives (label 0) and p positives (label 1) in the bin, N and P in all (Siddiqi 2006,
+Credit Risk Scorecards, ch. 6). Where n or p is 0, *smoothing* is added to both, in WOE and IV. Rows without
+a label are left out. Bins are right-closed, as pandas.cut's. Edges by quantiles lie within 2 · *resolution*
+of the schema's range (or at a neighbouring value, of an integer column) from the quantile of all rows, farther where
+a site's groups beside it are small; what is told *at* the edges is exact.
+
+- `equal`: *bins* bins of equal width over the schema's range. `quantile`: *bins* bins of equal share.
+- `monotone`: *prebins* bins of equal share; neighbours whose WOE goes the wrong way are pooled (pool
+  adjacent violators: Ayer et al. 1955), then as `optimal`, for the direction with the larger IV.
+- `optimal`: of all ways to merge neighbouring pre-bins into at most *bins* bins of at least *min_share* of the
+  non-missing rows, the one of largest IV (dynamic programming over the last bin; with *monotone*,
+  among those of monotone WOE; compare Navas-Palencia 2020, arXiv:2001.08025).
+- A code list is its own pre-bins. `equal` and `quantile` keep each code; the others merge neighbours: in
+  order of value, for text in order of WOE (best for a sum of convex functions: Chou 1991).
+
+Small groups. Missing cells and pre-bins form one row of parts, and a site that others see alone
+(``site.min_group_size`` = k > 1) tells the count at an edge only if both parts beside it, as cut so far in
+the run, hold nobody or k rows of *each* label: no difference of two of its answers counts fewer. All sites
+try edges in one order, halving the row, so that they mostly agree. The coordinator keeps edges that every site
+told and that pass the same test for the cohort with the plan's k. Bins too small are thus merged with their
+neighbours and said to be (*note*), missing cells with the lowest bin; no number is guessed. A site with
+fewer than k rows of either label is left out, and counted in *withheld_sites*.
+
+The coordinator learns, of the cohort's total: counts by label up to every edge, and what the quantiles
+program says; under ``plain`` each site's, cut as above. Threat model: as the plan's protection; a coordinator
+that keeps to the protocol asks about labels only at edges where the quantiles program told all counts.
+Dropout: the survivors' counts; edges that were asked stay. Cost: quantiles' rounds of 272 · columns ·
+(prebins − 1) bytes a site, then one of 24 · (edges + 1) a column.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from atoll.contract.disclosure import Cells
+from atoll.contract.errors import PlanError
+from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
+from atoll.contract.schema import Column, TableSchema
+from atoll.contract.wire import Array
+from atoll.statistics.cuts import halving, kept
+from atoll.statistics.quantiles import Quantiles
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+LABELS = Cells("labels", "withheld", values=("below",), lines=(0,))
+UNLABELLED = Cells("unlabelled", "unlabelled_withheld")
+MERGED = "bins were merged, because fewer than the smallest group that may be told were in them"
+MISSING_MERGED = "missing cells are counted with the lowest bin, because too few would be told apart"
+UNDEFINED = "undefined: one of the labels is withheld or has no rows"
+
+
+@dataclass(frozen=True)
+class _Feature:
+    """edges: between pre-bins, increasing, in the column's unit (of text: positions in the code list);
+    None until quantiles say. values: the code list, in the order of pre-bins."""
+
+    name: str
+    column: Column
+    edges: Floats | None
+    values: tuple[Any, ...] | None = None
+
+    @staticmethod
+    def of(name: str, column: Column, binning: str, bins: int) -> _Feature:
+        """Raises PlanError for a column that has neither numbers nor a code list."""
+        if column.values is not None and column.numeric:
+            codes = sorted(set(column.values), key=float)
+            return _Feature(name, column, np.array(codes[:-1], np.float64), tuple(codes))
+        if column.values is not None and column.dtype == "text":
+            return _Feature(name, column, np.arange(len(column.values) - 1.0), column.values)
+        if not column.numeric:
+            raise PlanError("plan.bad-column", "woe needs numeric columns, or columns with a code list", field=name)
+        low, high = column.bounds()
+        return _Feature(name, column, np.linspace(low, high, bins + 1)[1:-1] if binning == "equal" else None)
+
+    def places(self, site: SiteView) -> Floats:
+        """At the site: the cells on the scale of *edges*, NaN where missing, [num_rows]."""
+        if self.column.numeric:
+            return site.table[self.name]
+        codes = site.table.codes(self.name)
+        return np.where(codes < 0, np.nan, codes)
+
+
+@program(
+    "statistics.woe", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"}, calls={"statistics.quantiles"}
+)
+class Woe:
+    """Weight of evidence and information value, binned equally, by quantiles, monotonically or optimally."""
+
+    class Params(ProgramParams):
+        """target: label column with values [0, 1]. features: numeric columns and code lists (default: all).
+        bins: most bins of a number. prebins: pre-bins that `monotone` and `optimal` merge. min_share: of a
+        merged bin in the non-missing rows. monotone: also of `optimal`. smoothing: see the module.
+        resolution: of quantiles, relative to the schema's range."""
+
+        target: str
+        features: tuple[str, ...] = ()
+        binning: Literal["equal", "quantile", "monotone", "optimal"] = "optimal"
+        bins: int = Field(default=8, ge=2, le=256)
+        prebins: int = Field(default=20, ge=2, le=256)
+        min_share: float = Field(default=0.05, ge=0, lt=1)
+        monotone: bool = False
+        smoothing: float = Field(default=0.5, gt=0)
+        resolution: float = Field(default=1e-5, ge=1e-9, le=0.1)
+
+    def __init__(self, params: Params) -> None:
+        self.params = params
+        self._parts = params.bins if params.binning in ("equal", "quantile") else params.prebins
+
+    def _features(self, schema: TableSchema) -> list[_Feature]:
+        """Raises PlanError for a target without values [0, 1], and for features that cannot be binned."""
+        asked, target = self.params, schema.columns.get(self.params.target)
+        if target is None or not target.numeric or set(target.values or ()) != {0, 1}:
+            raise PlanError("plan.bad-target", "woe needs a numeric target with values [0, 1]", field=asked.target)
+        usable = {
+            name: column
+            for name, column in schema.columns.items()
+            if column.role not in ("ignore", "entity", "time")
+            and (column.numeric or (column.dtype == "text" and column.values is not None))
+            and name != asked.target
+        }
+        names = asked.features or tuple(name for name, column in usable.items() if column.role == "feature")
+        if bad := sorted(set(names) - set(usable)):
+            raise PlanError(
+                "plan.bad-column", "woe needs numeric features, or features with a code list", field=", ".join(bad)
+            )
+        return [_Feature.of(name, usable[name], asked.binning, asked.bins) for name in names]
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """Returns {"woe": {"target", "positives", "negatives", "unlabelled", "withheld_sites", "ranking", "features":
+        {name: {"iv", "bins": [{"from", "to" or "values", "count", "positives", "negatives", "share", "rate", "woe",
+        "iv"}], "missing": {…} or None, "binning", "note"}}}}.
+
+        share: of all rows with a label. A bin that is empty has no woe. ranking: features by IV, largest first.
+        """
+        features, rows, smallest = self._features(cohort.schema), cohort.schema.max_rows, cohort.min_group_size
+        send: dict[str, Array] = {}
+        if numbers := tuple(feature.name for feature in features if feature.edges is None):
+            probabilities = tuple(part / self._parts for part in range(1, self._parts))
+            asked = Quantiles.Params(
+                columns=numbers, probabilities=probabilities, error=self.params.resolution, bins=16
+            )
+            found = (yield from Quantiles(asked).coordinate(cohort))["quantiles"]["columns"]
+            cuts = {name: np.array(found[name]["cuts"], np.float64)[: self._parts - 1] for name in numbers}
+            send["edges"] = np.array([self._padded(cuts[f.name], f) for f in features if f.edges is None])
+            features = [f if f.edges is not None else _Feature(f.name, f.column, cuts[f.name]) for f in features]
+        sizes = self._sizes(cohort.schema)
+        fields = {
+            "labels": count(2, bound=rows),
+            "withheld": withheld(2),
+            "below": count((2, sum(sizes)), bound=rows),
+            "told": count(sum(sizes), bound=1),
+            "telling": count(bound=1),
+            "unlabelled": count(1, bound=rows),
+            "unlabelled_withheld": withheld(1),
+        }
+        total = yield Round("labels", Sum(), fields, send)
+        labels, telling = total["labels"], int(total["telling"])
+        small = bool(((labels > 0) & (labels < smallest)).any())
+        ends, results = np.cumsum(sizes), {}
+        for feature, end, size in zip(features, ends, sizes, strict=True):
+            below = total["below"][:, end - size : end].T
+            exact = total["told"][end - size : end] == telling
+            results[feature.name] = self._described(feature, below, exact, labels, small, smallest)
+        return {
+            "woe": {
+                "target": self.params.target,
+                "positives": None if small else int(labels[1]),
+                "negatives": None if small else int(labels[0]),
+                "unlabelled": None if UNLABELLED.hidden(total, smallest)[0] else int(total["unlabelled"][0]),
+                "withheld_sites": len(total.sites) - telling,
+                "ranking": sorted(results, key=lambda name: -(results[name]["iv"] or 0.0)),
+                "features": results,
+            }
+        }
+
+    def _sizes(self, schema: TableSchema) -> list[int]:
+        """How many edges are asked of each feature; the first is between missing cells and all others."""
+        return [1 + (self._parts - 1 if f.edges is None else len(f.edges)) for f in self._features(schema)]
+
+    def _padded(self, cuts: Floats, feature: _Feature) -> Floats:
+        """*cuts* with the last (or the range's lowest value) repeated, [parts − 1]: repeated edges cut nothing."""
+        last = cuts[-1] if len(cuts) else feature.column.bounds()[0]
+        return np.append(cuts, np.full(self._parts - 1 - len(cuts), last))
+
+    # ---------------------------------------------------------------- at the site
+
+    @handler("labels", cells=(LABELS, UNLABELLED))
+    def labels(self, site: SiteView, task: Task) -> Reply:
+        """At the site: rows by label up to every edge of every feature, where the groups between are large enough."""
+        features, sizes = self._features(site.table.schema), self._sizes(site.table.schema)
+        open_ended = sum(feature.edges is None for feature in features)
+        edges = iter(task.take("edges", (open_ended, self._parts - 1)) if open_ended else ())
+        label = site.table[self.params.target]
+        label = np.where(np.isnan(label), 2, label).astype(np.int8)
+        below, told, end = np.zeros((2, sum(sizes)), np.int64), np.zeros(sum(sizes), np.int64), 0
+        for number, (feature, size) in enumerate(zip(features, sizes, strict=True), 1):
+            asked = np.sort(next(edges)) if feature.edges is None else feature.edges
+            part = slice(end, end := end + size)
+            below[:, part], told[part] = _up_to(site, feature, label, np.append(-np.inf, asked))
+            site.progress(number, len(features))
+        rows = np.bincount(label, minlength=3)
+        telling = int(((rows[:2] == 0) | (rows[:2] >= site.min_group_size)).all())
+        return {"labels": rows[:2], "unlabelled": rows[2:], "below": below, "told": told, "telling": telling}
+
+    # ---------------------------------------------------------------- at the coordinator
+
+    def _described(
+        self, feature: _Feature, below: Ints, exact: NDArray[np.bool_], labels: Ints, small: bool, smallest: int
+    ) -> dict[str, Any]:
+        """One feature's result from its cumulative counts *below* [edges + 1, 2], right where *exact*."""
+        found: dict[str, Any] = {"iv": None, "bins": [], "missing": None, "binning": self.params.binning, "note": ""}
+        if small or not labels.all():
+            return {**found, "note": UNDEFINED}
+        edges = np.asarray(feature.edges)
+        order = [place for place in _order(len(edges) + 1) if exact[place]]
+        cuts = kept(below, labels, order, smallest)
+        counts = np.diff(below[cuts], axis=0, prepend=np.zeros((1, 2), np.int64), append=labels[None])
+        apart = cuts[:1] == [0]
+        spans = list(zip([0, *cuts], [*cuts, len(edges) + 1], strict=True))
+        bins = [
+            {
+                **self._named(feature, edges, [spans[1 + part] for part in group]),
+                **self._numbers(counts[1:][group].sum(axis=0), labels),
+            }
+            for group in self._groups(feature, counts[1:], labels)
+        ]
+        missing = None
+        if not apart:
+            missing = {**self._named(feature, edges, spans[:1]), **self._numbers(counts[0], labels)}
+        elif counts[0].any():
+            missing = self._numbers(counts[0], labels)
+        notes = [MISSING_MERGED] * (not apart) + [MERGED] * (len(cuts) < len(edges) + 1)
+        iv = math.fsum(part["iv"] for part in [*bins, *([missing] if missing else [])])
+        return {**found, "iv": iv, "bins": bins, "missing": missing, "note": "; ".join(notes)}
+
+    def _named(self, feature: _Feature, edges: Floats, members: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Which values a bin holds: *members* are (place of the edge below, place of the edge above)."""
+        if feature.values is not None:
+            return {"values": [value for first, last in members for value in feature.values[first:last]]}
+        low, high = feature.column.bounds()
+        first, last = members[0][0], members[-1][1]
+        return {
+            "from": float(edges[first - 1]) if first else low,
+            "to": float(edges[last - 1]) if last <= len(edges) else high,
+        }
+
+    def _numbers(self, counts: Ints, labels: Ints) -> dict[str, Any]:
+        negatives, positives = (int(number) for number in counts)
+        people = negatives + positives
+        woe, iv = (float(number) for number in woe_iv(counts, labels, self.params.smoothing))
+        return {
+            "count": people,
+            "positives": positives,
+            "negatives": negatives,
+            "share": people / int(labels.sum()),
+            "rate": positives / people if people else None,
+            "woe": woe if people else None,
+            "iv": iv,
+        }
+
+    def _groups(self, feature: _Feature, counts: Ints, labels: Ints) -> list[list[int]]:
+        """Which parts (of *counts*, [parts, 2]) make up each bin, in order."""
+        binning, order = self.params.binning, np.arange(len(counts))
+        if binning in ("equal", "quantile") or not len(counts):
+            return [[part] for part in range(len(counts))]
+        nominal = feature.column.dtype == "text"
+        if nominal:
+            woe, _ = woe_iv(counts, labels, self.params.smoothing)
+            order = np.argsort(np.where(counts.any(axis=1), woe, np.inf), kind="stable")
+        least = max(self.params.min_share * float(counts.sum()), 1.0)
+        best: tuple[float, list[list[int]]] = (-1.0, [list(range(len(counts)))])
+        constrained = (binning == "monotone" or self.params.monotone) and not nominal
+        for direction in (1, -1) if constrained else (0,):
+            blocks = [[int(part)] for part in order]
+            if binning == "monotone" and direction:
+                blocks = pooled(blocks, counts, labels, self.params.smoothing, direction)
+            sums = np.array([counts[block].sum(axis=0) for block in blocks])
+            iv, ends = segmented(sums, labels, self.params.bins, least, self.params.smoothing, direction)
+            if iv > best[0]:
+                merged = [blocks[first:last] for first, last in zip([0, *ends], ends, strict=False)]
+                best = iv, [[part for block in group for part in block] for group in merged]
+        return best[1]
+
+
+def _up_to(site: SiteView, feature: _Feature, label: NDArray[np.int8], asked: Floats) -> tuple[Ints, Ints]:
+    """At a site: rows of either label up to each of *asked* (the first, −∞, has missing cells before it), [2, asked],
+    and whether they are told, [asked]; what is not told is 0."""
+    known = f"label cuts of {feature.name}"
+    before = site.state.get(known, np.zeros(0))
+    levels = np.unique(np.concatenate([before, asked]))
+    place = np.searchsorted(np.append(levels, np.inf), feature.places(site))  # missing cells come last of all
+    place *= 3
+    place += label
+    counts = np.bincount(place, minlength=3 * (len(levels) + 2)).reshape(-1, 3)[:, :2]
+    counts[0] = counts[-1]
+    reached = np.cumsum(counts[:-1], axis=0)
+    order = np.searchsorted(levels, np.concatenate([before, asked[_order(len(asked))]]))
+    cuts = kept(reached, reached[-1], order.tolist(), site.min_group_size)
+    if site.min_group_size > 1 and len(cuts) > len(before):
+        site.state[known] = levels[cuts]
+    at = np.searchsorted(levels, asked)
+    told = np.isin(at, cuts)
+    return np.where(told, reached[at].T, 0), told.astype(np.int64)
+
+
+def _order(size: int) -> list[int]:
+    """In which order *size* edges are tried: the one beside missing cells, then the halves of all others."""
+    return [0, *(1 + place for place in halving(size - 1))]
+
+
+def woe_iv(counts: Ints, labels: Ints, smoothing: float) -> tuple[Floats, Floats]:
+    """(WOE, IV) of bins with *counts* [..., 2] of negatives and positives, of *labels* [2] in all; an empty bin has
+    NaN and 0."""
+    share = np.where((counts == 0).any(axis=-1, keepdims=True), counts + smoothing, counts) / labels
+    woe = np.where(counts.any(axis=-1), np.log(share[..., 0] / share[..., 1]), np.nan)
+    return woe, np.where(np.isnan(woe), 0.0, (share[..., 0] - share[..., 1]) * woe)
+
+
+def pooled(blocks: list[list[int]], counts: Ints, labels: Ints, smoothing: float, direction: int) -> list[list[int]]:
+    """Neighbouring *blocks* of parts, merged until their WOE rises (direction 1) or falls (−1)."""
+    done: list[tuple[list[int], float]] = []
+    for block in blocks:
+        woe = float(woe_iv(counts[block].sum(axis=0), labels, smoothing)[0])
+        while done and not direction * (woe - done[-1][1]) > 0:  # NaN, of an empty block, is pooled as well
+            block = done.pop()[0] + block
+            woe = float(woe_iv(counts[block].sum(axis=0), labels, smoothing)[0])
+        done.append((block, woe))
+    return [block for block, _ in done]
+
+
+def segmented(
+    counts: Ints, labels: Ints, bins: int, least: float, smoothing: float, direction: int = 0
+) -> tuple[float, list[int]]:
+    """(IV, ends of bins): neighbouring parts of *counts* [parts, 2] in at most *bins* bins of at least *least* rows, of
+    largest IV; with a *direction*, WOE must rise (1) or fall (−1). Where none will do, one bin: IV −∞.
+
+    best[i, j]: the largest IV of parts 0 … j − 1 whose last bin is i … j − 1.
+    """
+    size = len(counts)
+    reached = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(counts, axis=0)])
+    between = reached[None] - reached[:, None]
+    usable = np.triu(np.ones((size + 1, size + 1), bool), 1) & (between.sum(axis=-1) >= least)
+    woe, iv = woe_iv(np.where(usable[..., None], between, 1), labels, smoothing)
+    gain = np.where(usable, iv, -np.inf)
+    best = np.full_like(gain, -np.inf)
+    best[0] = gain[0]
+    found, ends = (float(best[0, size]) if usable[0, size] else -math.inf), [size]
+    steps: list[Ints] = []
+    for _ in range(1, min(bins, size)):
+        after, came = np.full_like(best, -np.inf), np.zeros(best.shape, np.int64)
+        for i in range(1, size):
+            if direction:  # of the bins (h, i) that may come before (i, j)
+                rising = direction * (woe[i][None, :] - woe[:, i][:, None]) > 0
+                before = np.where(rising, best[:, i][:, None], -np.inf)
+            else:
+                before = np.broadcast_to(best[:, i][:, None], best.shape)
+            came[i] = before.argmax(axis=0)
+            after[i] = before.max(axis=0) + gain[i]
+        steps.append(came)
+        best = after
+        last = int(best[:, size].argmax())
+        if best[last, size] > found:
+            found, ends = float(best[last, size]), [size]
+            for came in reversed(steps):
+                ends.insert(0, last)
+                last = int(came[last, ends[1]])
+    return found, ends
+
+
+__all__ = ["LABELS", "UNLABELLED", "Woe", "pooled", "segmented", "woe_iv"]
