@@ -41,6 +41,7 @@ def _learner(family: str, target: str, **more: Any) -> dict[str, Any]:
 
 WEIGHTS = {"weights": np.array([0.1, 0.5, -0.3])}
 EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
+    ("statistics.comparison", {}, None),
     ("statistics.several", {"ask": [{"program": "statistics.describe"}, {"program": "statistics.quantiles"}]}, None),
     ("statistics.preparation", {"reasons": ["duplicate rows"]}, None),
     ("statistics.describe", {}, None),

@@ -14,6 +14,7 @@ from atoll.contract.errors import PlanError
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import fingerprint
 from atoll.runtime.catalogue import load_installed
+from atoll.runtime.checkup import check_of, findings
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome
 from atoll.runtime.results import details, write_json, write_model
 from atoll.runtime.serve import CoordinatorServer, settle, until_ended
@@ -103,12 +104,15 @@ def submit(
     home: Home = DEFAULT,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the run has ended.")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="With --wait: where results go.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Compare the sites' tables instead of running it.")] = False,
     machine: Machine = False,
 ) -> None:
     """Submit a plan; the running coordinator drives it as soon as the sites approve."""
     load_installed()
     plan = Plan.load(plan_file)
     check_plan(plan)
+    if check:
+        plan = check_of(plan)
     store = CoordinatorHome(home).store()
     sites = plan.cohort.sites or tuple(store.roster())
     if len(sites) < plan.cohort.min_sites:
@@ -123,6 +127,8 @@ def submit(
         show.out.print(f"submitted run {run}")
     if wait:
         asyncio.run(_wait(store, run, quiet=machine))
+        if check and not machine:
+            show.findings(findings(store.result(run)[0]["output"]))
         if out is not None:
             _write(store, run, out)
     store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from atoll.cli import demo_data, show
+from atoll.cli import demo_data, show, tables
 from atoll.contract.errors import AtollError, PlanError, SchemaError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import verify
@@ -19,6 +20,7 @@ from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.runtime.catalogue import load_installed
+from atoll.runtime.checkup import compared
 from atoll.runtime.sandbox import read_sites, run_sandbox
 from atoll.runtime.study import check_plan
 
@@ -49,9 +51,10 @@ def _load(plan_file: Path, sites_file: Path | None, data: Path) -> tuple[Plan, d
 
 
 def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), machine: Machine = False) -> None:
-    """Check a plan, and every site's table against its data contract; nothing is sent anywhere."""
+    """Check a plan, every site's table against its data contract, and the tables against each other: what
+    blocks, what warns, how to mend it. All on this machine; nothing is sent anywhere."""
     plan, sources, base = _load(plan_file, sites, data)
-    found: dict[str, Any] = {"plan": plan.name, "plan_hash": plan.hash, "problems": [], "sites": {}}
+    found: dict[str, Any] = {"plan": plan.name, "plan_hash": plan.hash, "problems": [], "sites": {}, "warnings": []}
     problems: list[AtollError] = []
     try:
         check_plan(plan)
@@ -65,12 +68,15 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
             table = SiteData.read(spec, plan, base, name).base()
             if sound:
                 labels[name] = _labels(plan, table)
-            found["sites"][name] = {"rows": len(table), "ok": True}
+            found["sites"][name] = {"rows": len(table), "ok": True, "dropped": dict(table.dropped)}
         except AtollError as error:
             found["sites"][name] = {"ok": False}
             problems.append(error.at(site=name))
     if len(labels) == len(sources):
         problems += _check_labels(plan, labels)
+    sane = {name: spec for name, spec in sources.items() if found["sites"][name]["ok"]}
+    warnings = compared(plan, sane, base) if len(sane) > 1 else []
+    found["warnings"] = [asdict(warning) for warning in warnings]
     found["problems"] = [{**error.public(), "where": error.where} for error in problems]
     if machine:
         show.as_json(found)
@@ -79,8 +85,12 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     show.out.print(f"hash {plan.hash}", style="dim")
     if found["sites"]:
         words = {True: "keeps the contract", False: "blocked"}
-        lines = [(name, seen.get("rows", "–"), words[seen["ok"]]) for name, seen in found["sites"].items()]
-        show.rows(("site", "rows", "table"), lines)
+        lines = [
+            (name, seen.get("rows", "–"), show.left_out(seen.get("dropped", {})), words[seen["ok"]])
+            for name, seen in found["sites"].items()
+        ]
+        show.rows(("site", "rows", "left out", "table"), lines)
+    show.findings(warnings)
     refuse_all(PlanError, "check.blocked", problems)
     show.out.print("[green]nothing blocks this plan[/]")
 
@@ -158,6 +168,8 @@ def _tell_result(result: Mapping[str, Any], out: Path) -> None:
     if table := (result.get("model") or {}).get("table"):
         names = [n for n in ("coefficient", "std_error", "z", "p_value") if n in table[0]]
         show.rows(("coefficient of", *names), [[row["name"], *_cells(row, names)] for row in table])
+    if not result.get("model"):
+        tables.tell(result)
     wire = result["wire"]
     sent, received = show.size(wire["to_sites_bytes"]), show.size(wire["from_sites_bytes"])
     show.out.print(f"traffic: {sent} to the sites, {received} back")

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from atoll.contract.errors import AtollError
+from atoll.runtime.checkup import Finding
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -49,6 +50,18 @@ def rows(columns: Sequence[str], lines: Sequence[Sequence[object]], title: str =
     for line in lines:
         table.add_row(*(escape(str(cell)) for cell in line))
     out.print(table)
+
+
+def left_out(dropped: Mapping[str, int]) -> str:
+    """Rows that preparation left out, by reason."""
+    return ", ".join(f"{number} {reason}" for reason, number in dropped.items() if number) or "–"
+
+
+def findings(found: Sequence[Finding]) -> None:
+    """What a comparison of the sites' tables warns of."""
+    if found:
+        lines = [(one.column, one.where, one.what, one.remedy) for one in found]
+        rows(("column", "where", "what warns", "how to mend it"), lines)
 
 
 def log_to_terminal(*, verbose: bool = False) -> None:

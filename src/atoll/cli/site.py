@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import getpass
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from atoll.crypto.pki import certificate_fingerprint
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.runtime.catalogue import load_installed
+from atoll.runtime.checkup import compared
 from atoll.runtime.home import SiteHome
 from atoll.runtime.journal import OPEN, Journal
 from atoll.runtime.serve import serve_site, settle, until_ended
@@ -73,20 +75,25 @@ def check(
     source: Annotated[Path | None, typer.Option(help="A YAML file with one source, instead of the site's own.")] = None,
     machine: Machine = False,
 ) -> None:
-    """Check the site's own table and policy against a plan, offline."""
+    """Check the site's own table and policy against a plan, offline: what blocks, what warns, how to mend it."""
     load_installed()
     plan = Plan.load(plan_file)
     if source is not None:
         spec = validate(SourceSpec, read_yaml(source, "source"), "source")
-        table = SiteData.read(spec, plan, source.parent, source.stem)
+        data, base = SiteData.read(spec, plan, source.parent, source.stem), source.parent
     else:
         site = SiteHome(home)
         site.policy.check_plan(plan, plan.cohort.min_sites, check_plan(plan).version)
-        table = site.data(plan)
+        data, base, spec = site.data(plan), site.folder, site.config.datasets[plan.dataset]
+    table, warnings = data.base(), compared(plan, {"this-site": spec}, base)
     if machine:
-        show.as_json({"plan": plan.name, "plan_hash": plan.hash, "rows": len(table), "ok": True})
+        told = {"plan": plan.name, "plan_hash": plan.hash, "rows": len(table), "ok": True}
+        show.as_json({**told, "dropped": dict(table.dropped), "warnings": [asdict(one) for one in warnings]})
         return
     show.out.print(f"[green]✓[/] {len(table)} rows keep the contract of {plan.name} ({plan.table.name})")
+    if table.dropped:
+        show.out.print(f"left out: {show.left_out(table.dropped)}")
+    show.findings(warnings)
 
 
 def _pending(journal: Journal) -> list[tuple[str, dict[str, Any]]]:

@@ -119,7 +119,12 @@ class Permitted:
     def __init__(self, plan: Plan) -> None:
         program, prepared = check_plan(plan), Prepared(plan.recipe)
         schema = prepared.schema(plan.table)
-        asked: list[Program | None] = [program, *program.parts, _evaluation(plan, program, schema), _preparation(prepared)]
+        asked: list[Program | None] = [
+            program,
+            *program.parts,
+            _evaluation(plan, program, schema),
+            _preparation(prepared),
+        ]
         asked += [_asked(need) for stage in prepared.stages() for need in prepared.needs(stage)]
         self._asked = {_said(one) for one in asked if one is not None}
         self._calls = program.calls.union(*(part.calls for part in asked if part is not None))
