@@ -47,7 +47,6 @@ REAL = [
     ("default-credit-uci/UCI_Credit_Card.csv.gz", {}),
     ("epi-linelists/h7n9_china_2013.csv", {}),
     ("beijing-air-quality/PRSA_Data_Changping_20130301-20170228.csv.gz", {}),
-    ("nhs-111-999-calls/covid19_england_nhscalls_2020.csv.gz", {}),
 ]
 
 

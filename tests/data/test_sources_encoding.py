@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def test_every_encoding_gives_the_same_table(
     table = read_table(COLUMNS, path="t.csv", encoding=encoding.replace("-sig", ""))
     assert table["name"].tolist() == ["李四", "李上", "王芳", "plain"]
     assert table["city"].tolist() == ["上海", "北京", None, "A"]
-    assert not list(tmp_path.glob("atoll-data-*/spool-*"))
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.startswith("spool-")]
 
 
 def test_latin_text(tmp_path: Path, read_table: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,14 @@ IN_MEMORY_BYTES = 64 << 20
 
 
 class Stored(Mapping[str, NDArray[Any]]):
-    """Columns in files of an engine's folder. Each look-up maps the file anew, so that what a caller has
-    let go takes no memory."""
+    """Columns of a table in the engine: each is computed into a file of its own when it is first looked at, and
+    mapped anew at each look, so that what a caller has let go takes no memory."""
 
-    def __init__(self, engine: Engine, schema: TableSchema, num_rows: int, names: list[str]) -> None:
-        self._engine, self._schema, self._rows = engine, schema, num_rows  # the engine owns the folder
+    def __init__(self, engine: Engine, table: ir.Table, schema: TableSchema, num_rows: int) -> None:
+        self._engine, self._table, self._schema, self._rows = engine, table, schema, num_rows
         self._folder = Path(tempfile.mkdtemp(prefix="columns-", dir=engine.folder))
-        self._names = names
+        self._names = list(table.columns)
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._names if name in self._schema.columns)
@@ -43,8 +45,18 @@ class Stored(Mapping[str, NDArray[Any]]):
         return sum(1 for _ in self)
 
     def path(self, name: str) -> Path:
-        """The file that holds a column."""
-        return self._folder / f"{self._names.index(name)}.column"
+        """The file that holds a column. Raises SchemaError."""
+        path = self._folder / f"{self._names.index(name)}.column"
+        with self._lock:
+            if not path.exists():
+                file = _Writer(path.with_suffix(".part"), self.declared(name))
+                try:
+                    for batch in self._engine.batches(self._table.select(name)):
+                        file.write(batch.column(0))
+                finally:
+                    file.close()
+                path.with_suffix(".part").rename(path)
+        return path
 
     def declared(self, name: str) -> Column | None:
         """What the schema says of a column; None for a mark that the engine keeps beside them."""
@@ -103,7 +115,7 @@ def stored_dtype(column: Column | None) -> str:
 
 
 def collect(engine: Engine, table: ir.Table, num_rows: int, schema: TableSchema) -> dict[str, NDArray[Any]] | Stored:
-    """All columns of *table* as arrays, in its order. Raises SchemaError."""
+    """All columns of *table* as arrays, in its order; of a large one, when they are looked at. Raises SchemaError."""
     names = list(table.columns)
     wide = sum(8 * math.prod(schema.columns[n].shape or (1,)) if n in schema.columns else 8 for n in names)
     if num_rows * wide <= IN_MEMORY_BYTES:
@@ -114,16 +126,12 @@ def collect(engine: Engine, table: ir.Table, num_rows: int, schema: TableSchema)
             name: to_array(whole.column(name), declared[name]) if whole is not None else _nothing(declared[name])
             for name in names
         }
-    stored = Stored(engine, schema, num_rows, names)
-    files = {name: _Writer(stored, name) for name in names}
-    try:
-        for batch in engine.batches(table):
-            for name, file in files.items():
-                file.write(batch.column(name))
-    finally:
-        for file in files.values():
-            file.close()
-    return stored
+    return Stored(engine, table, schema, num_rows)
+
+
+def is_large(num_rows: int, num_columns: int) -> bool:
+    """Whether a table of numbers stays in files."""
+    return num_rows * num_columns * 8 > IN_MEMORY_BYTES
 
 
 def _nothing(column: Column | None) -> NDArray[Any]:
@@ -134,9 +142,9 @@ def _nothing(column: Column | None) -> NDArray[Any]:
 class _Writer:
     """A column's file while it is written, 0600."""
 
-    def __init__(self, stored: Stored, name: str) -> None:
-        self._column = stored.declared(name)
-        self._file = os.fdopen(os.open(stored.path(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
+    def __init__(self, path: Path, column: Column | None) -> None:
+        self._column = column
+        self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
         self._text = self._column is not None and self._column.dtype == "text"
         self._codes = pa.array(self._column.values) if self._text and self._column and self._column.values else None
         text = pa.schema([("text", pa.string())])

@@ -41,6 +41,7 @@ class Engine:
         self._connection: Any = self.backend.con
         self._connection.execute(f"SET memory_limit='{MEMORY_BYTES}B'")
         self._connection.execute("SET temp_directory=?", [str(self.folder)])
+        self._connection.execute("SET enable_progress_bar = false")  # it would be drawn on standard output
         self._connection.execute("SET GLOBAL TimeZone='UTC'")  # whatever the machine's: times with a zone become UTC
         self._tables = 0
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from atoll.contract.errors import PlanError
 from atoll.contract.schema import TableSchema
-from atoll.data.columns import collect
+from atoll.data.columns import collect, is_large
 from atoll.data.engine import Engine
 from atoll.data.table import Table
 
@@ -77,10 +77,13 @@ class Frame:
 
     def to_table(self) -> Table:
         """As arrays: in memory when they are small, else in files of the engine's folder."""
+        rows = self.rows()
+        if not self.ordered and is_large(rows, len(self.table.columns)):
+            return self.keep().to_table()  # columns are fetched one by one, and would be sorted one by one
         table = self.table if self.ordered else self.table.order_by(ROW)
         names = [name for name, column in self.schema.columns.items() if column.role != "ignore"]
         marks = [name for name in (ID, HELD) if name in table.columns]
-        columns = collect(self.engine, table.select(*names, *marks), self.rows(), self.schema)
+        columns = collect(self.engine, table.select(*names, *marks), rows, self.schema)
         held = np.asarray(columns[HELD], bool) if HELD in marks else None
         ids = np.asarray(columns[ID]).view(np.uint64) if ID in marks else None
         if isinstance(columns, dict):

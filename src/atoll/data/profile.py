@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -89,7 +89,7 @@ def _column(name: str, one: ir.Table, rows: int, engine: Engine) -> _Draft:
     found = engine.row(known.aggregate(**_looks(known["cell"])))
     notes: list[str] = []
     if found["there"] and not _typed(found):  # in text, such a word may be a code like any other
-        notes += [f"Does {' or '.join(words)} mean missing? Then add null_values."] if words else []
+        notes += [f"Does {' or '.join(map(repr, words))} mean missing? Then add null_values."] if words else []
         known, words = one.filter(one["cell"].notnull()), []
         found = engine.row(known.aggregate(**_looks(known["cell"])))
     there = int(found["there"])
@@ -100,13 +100,13 @@ def _column(name: str, one: ir.Table, rows: int, engine: Engine) -> _Draft:
         notes.append(f"{missing / rows:.2g} of the cells are missing.")
     if there == 0:
         return _Draft({"dtype": "text", "role": "ignore"}, ["Every cell is missing."])
+    column: dict[str, Any]
     timely = found["times"] == there and not found["numbers"]
     unique = found["about"] > 0.9 * there and _distinct(known, engine) == rows
     if _IDENTIFIER.search(name) and not timely:
         if unique:
             return _Draft({"dtype": "text", "role": "entity"}, ["Named like an id, and every row has its own."])
         notes.append("Named like an id, but not every row has its own: an entity needs that.")
-    if _IDENTIFIER.search(name) and not timely:
         column = {"dtype": "text"}
     elif found["numbers"] == there:
         column = _numeric(known, found, notes, engine)
@@ -253,20 +253,23 @@ def _shown(code: str) -> str:
 
 def _formats(one: ir.Table, there: int, engine: Engine) -> list[str]:
     """The fewest date formats that together read (nearly) all cells."""
-    cell = one["cell"]
-    read = {form: _parsed(cell, form) for form in DATE_FORMATS}
-    counts = engine.row(one.aggregate(**{form: parsed.count() for form, parsed in read.items()}))
+    few = engine.row(_read_as(one.limit(1000), DATE_FORMATS))
+    likely = [form for form in DATE_FORMATS if few[form]]
+    counts = engine.row(_read_as(one, likely)) if likely else {}
     chosen: list[str] = []
     rest, left = one, there
+    counts.pop("left", None)
     while left > 0.05 * there and any(counts.values()):
         best = max(counts, key=lambda form: counts[form])
         chosen.append(best)
         rest = rest.filter(_parsed(rest["cell"], best).isnull() & rest["cell"].notnull())
-        counts = engine.row(
-            rest.aggregate(left=rest.count(), **{form: _parsed(rest["cell"], form).count() for form in DATE_FORMATS})
-        )
+        counts = engine.row(_read_as(rest, likely))
         left = int(counts.pop("left"))
     return chosen if left <= 0.05 * there else []
+
+
+def _read_as(one: ir.Table, forms: Sequence[str]) -> Any:
+    return one.aggregate(left=one.count(), **{form: _parsed(one["cell"], form).count() for form in forms})
 
 
 def _strptime(cell: str, form: str) -> datetime:

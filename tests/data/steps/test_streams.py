@@ -15,6 +15,7 @@ from atoll.contract.schema import Column, TableSchema
 from atoll.data.engine import Engine
 from atoll.data.frame import Frame
 from atoll.data.recipe import Prepared
+from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 
 NAN = float("nan")
@@ -406,3 +407,30 @@ def test_bounds_of_made_columns() -> None:
     sums = Prepared(Recipe(steps=({**STEPS[0], "columns": {"n": "sum", "x": "sum"}},))).schema(schema).columns
     assert sums["n"].bounds() == (0, 81)
     assert sums["x"].bounds() == (-45, 45)
+
+
+def test_streams_after_fitted_steps_keep_the_held_out_rows(stream: Table, federation: Any) -> None:
+    """Rows that are held out stay so, through windows, filters and dropped rows; all are counted."""
+    steps = [
+        {"step": "impute", "columns": ["n"], "with": "median"},
+        {"step": "lag", "columns": ["n"], "lags": [1], **BY},
+        {"step": "smooth", "columns": ["n"], "method": "exponential", **BY},
+        {"step": "asof", "value": ["x"], "tolerance": "1h", **BY},
+        {"step": "complete_rows", "columns": ["x", "n_lag1"]},
+    ]
+    tables = {"a": stream, "b": stream.rows(np.arange(len(stream)) % 3 == 0)}
+    plan = federation.plan(
+        "statistics.describe", {"columns": ["n", "x", "n_lag1"]}, tables, recipe={"steps": steps},
+        run={"holdout": 0.25, "evaluate": False, "seed": 1},
+    )  # fmt: skip
+    outcome = federation.run(plan, tables)
+    left = outcome["preparation"]
+    assert left["dropped"]["without x"] > 10
+    assert left["dropped"]["without n_lag1"] is None  # too few to be told
+    split = [SiteData.of(table, plan, name).parts(outcome["fitted"]) for name, table in tables.items()]
+    dropped = sum(sum(training.dropped.values()) for training, _ in split)
+    assert left["rows"] + dropped == sum(map(len, tables.values()))
+    assert outcome["result"]["columns"]["n"]["count"] == sum(len(training) for training, _ in split)
+    assert sum(len(part) for parts in split for part in parts) == left["rows"]
+    held = sum(len(held) for _, held in split)
+    assert 0.15 * left["rows"] < held < 0.35 * left["rows"]

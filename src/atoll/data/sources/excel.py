@@ -28,8 +28,8 @@ _SPANS = re.compile(rb'number-(?:rows|columns)-spanned="(?:[2-9]|1\d)')
 @source("excel", ".xlsx", ".xlsm", ".xls", ".ods")
 def open_excel(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
     """All cells as text, as they would stand in a CSV."""
-    _check_container(path)
     try:
+        _check_container(path)
         with CalamineWorkbook.from_path(str(path)) as book:
             if spec.sheet and spec.sheet not in book.sheet_names:
                 raise SchemaError(
@@ -50,7 +50,7 @@ def open_excel(spec: SourceSpec, path: Path, schema: TableSchema | None, engine:
                     remedy="name the right sheet, or write the columns' names in its first row",
                 )  # fmt: skip
             return engine.load(reader(names, _from(first, rows)))
-    except (CalamineError, IndexError):
+    except (CalamineError, IndexError, zipfile.BadZipFile):
         raise SchemaError(
             "source.unreadable", "the workbook cannot be read", field="path",
             remedy="open it in a spreadsheet program and save it anew, without a password",

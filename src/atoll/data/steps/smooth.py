@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any, Literal, Self
 
 import ibis
@@ -12,7 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy import signal
 
-from atoll.contract.schema import TableSchema
+from atoll.contract.schema import Column, TableSchema
+from atoll.data.columns import to_array
 from atoll.data.frame import ROW, Frame
 from atoll.data.step import Fitted, Step, numeric_of, step
 from atoll.data.steps.cells import Names
@@ -20,6 +23,7 @@ from atoll.data.steps.declare import blurred
 from atoll.data.steps.streams import check_streams, clock, rows_before, stream_keys
 
 Floats = NDArray[np.float64]
+REAL = Column(range=(0, 1))
 # DuckDB's own: the median of absolute deviations from the median
 _mad: Any = ibis.udf.agg.builtin(lambda cell: cell, name="mad", signature=((dt.float64,), dt.float64))
 
@@ -74,32 +78,34 @@ class Smooth(Step):
     def _recursive(self, frame: Frame) -> Frame:
         """What SQL cannot say: column by column as arrays, in the order of streams, and back beside the rows."""
         frame = frame.keep()
+        keys = ibis.window(order_by=stream_keys(frame, self.on, self.by))
+        size = frame.rows()
         for name in self.columns:
-            groups = stream_keys(frame, self.on, self.by)
-            stream: Any = ibis.dense_rank().over(ibis.window(order_by=groups)) if groups else ibis.literal(0)
-            asked = frame.table.select(stream=stream, time=clock(frame[self.on]), row=frame[ROW], value=frame[name])
-            batches = list(frame.engine.batches(asked.order_by("stream", "time", "row").drop("time")))
-            found = pa.Table.from_batches(batches) if batches else None
-            values = np.full(frame.rows(), np.nan)
-            if found is not None:
-                streams, rows, cells = (found.column(c).to_numpy() for c in ("stream", "row", "value"))
-                low, high = frame.schema.columns[name].bounds()
-                values[rows] = np.clip(self._streams(np.asarray(cells, float), streams), low, high)
-            data = pa.table({f"__{name}": pa.array(values, from_pandas=True)})
-            table = frame.engine.beside(frame.table, data)
-            frame = Frame(frame.engine, table, frame.schema, frame.dropped).replace({name: table[f"__{name}"]})
+            asked = frame.table.select(
+                stream=ibis.dense_rank().over(keys), time=clock(frame[self.on]), row=frame[ROW], value=frame[name]
+            )
+            streams, rows, cells = np.empty(size, np.int32), np.empty(size, np.int64), np.empty(size)
+            done = 0
+            for batch in frame.engine.batches(asked.order_by("stream", "time", "row").drop("time")):
+                part = slice(done, done := done + batch.num_rows)
+                streams[part], rows[part] = batch.column("stream"), batch.column("row")
+                cells[part] = to_array(batch.column("value"), REAL)
+            self._filter(cells, streams)
+            np.clip(cells, *frame.schema.columns[name].bounds(), out=cells)
+            values = np.empty(size)
+            values[rows] = cells
+            table = frame.engine.beside(frame.table, pa.table({f"__{name}": pa.array(values, from_pandas=True)}))
+            frame = dataclasses.replace(frame, table=table).replace({name: table[f"__{name}"]})
         return frame
 
-    def _streams(self, values: Floats, streams: NDArray[np.int64]) -> Floats:
-        """Each stream's present values filtered; all [num_rows], rows of a stream together and in order."""
-        filtered = values.copy()
-        present = np.flatnonzero(~np.isnan(values))
-        if not len(present):
-            return filtered
-        ends = np.flatnonzero(np.diff(streams[present])) + 1
-        for part in np.split(present, ends):
-            filtered[part] = self._filtered(values[part])
-        return filtered
+    def _filter(self, cells: Floats, streams: NDArray[np.int32]) -> None:
+        """Filter each stream's present cells in place; rows of a stream are together and in order, [num_rows]."""
+        ends = [*(np.flatnonzero(np.diff(streams)) + 1).tolist(), len(cells)]
+        for start, end in itertools.pairwise([0, *ends]):
+            stream = cells[start:end]
+            present = ~np.isnan(stream)
+            if present.any():
+                stream[present] = self._filtered(stream[present])
 
     def _filtered(self, values: Floats) -> Floats:
         if self.method == "exponential":
