@@ -1,11 +1,23 @@
-"""Inputs of the report as runs leave them: a rehearsal's model study, and a study of statistics only."""
+"""Inputs of the report: a model study written down, and what real runs of the statistics programs leave."""
 
 from __future__ import annotations
 
+import copy
+import csv
 import math
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from atoll.contract.plan import Plan
+from atoll.data.sources import SourceSpec
+from atoll.report.markup import VOID
+from atoll.runtime.sandbox import run_sandbox
 
 SITES = {"north": 142, "harbour": 199, "university": None}
 UNITS = {"age": "year", "trestbps": "mmHg", "chol": "mg/dl"}
@@ -91,3 +103,182 @@ def statistics_study(model_study: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     result = {key: value for key, value in result.items() if key != "model"}
     result |= {"study": "ages", "program": "statistics.describe", "metrics": {"federated": {}, "per_site": {}}}
     return result, {**details, "history": [], "curves": {}}
+
+
+REGIONS = ("hills", "coast", "isles", "plain")
+COLUMNS: dict[str, dict[str, Any]] = {
+    "age": {"unit": "year", "range": [0, 110]},
+    "income": {"unit": "NT$", "range": [0, 500_000]},
+    "debt": {"unit": "NT$", "range": [-1000, 900_000]},
+    "sex": {"dtype": "integer", "values": [1, 2]},
+    "region": {"dtype": "text", "values": list(REGIONS)},
+    "months": {"dtype": "integer", "unit": "month", "range": [0, 36]},
+    "seen": {"dtype": "date", "role": "time"},
+    "default": {"dtype": "integer", "values": [0, 1], "role": "label"},
+}
+NUMBERS = ("age", "income", "debt")
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "describe": {},
+    "quantiles": {"columns": [*NUMBERS], "error": 1e-3},
+    "frequency": {"columns": ["age", "sex", "region"]},
+    "crosstab": {"pairs": [["sex", "default"], ["region", "sex"]]},
+    "psi": {"columns": [*NUMBERS, "region"]},
+    "correlation": {"columns": [*NUMBERS, "months"]},
+    "vif": {"columns": [*NUMBERS]},
+    "pca": {"columns": [*NUMBERS]},
+    "group_by": {"by": ["region"], "columns": ["income", "age"]},
+    "anova": {"column": "income", "by": "sex"},
+    "ttest": {"column": "income", "by": "sex"},
+    "woe": {"target": "default", "features": [*NUMBERS, "sex"]},
+    "survival": {"duration": "months", "event": "default", "group": "sex"},
+    "quality": {},
+}
+
+
+def _records(rows: int, seed: int) -> list[dict[str, Any]]:
+    """People of one bank; two of them live on isles, so that what counts them is withheld."""
+    draw = np.random.default_rng(seed)
+    made = []
+    for i in range(rows):
+        age, income = draw.normal(45 + seed, 14), draw.gamma(3, 30_000)
+        bad = draw.random() < 1 / (1 + math.exp(income / 40_000 - 1.5))
+        region = "isles" if i < 2 and seed == 1 else REGIONS[(0, 1, 3)[int(draw.integers(3))]]
+        made.append({
+            "age": "" if draw.random() < 0.07 else round(min(max(age, 18), 99)), "income": round(min(income, 499_999)),
+            "debt": "" if draw.random() < 0.05 else round(min(income * draw.uniform(0.2, 1.4), 890_000)),
+            "sex": int(draw.integers(1, 3)), "region": region, "months": int(draw.integers(0, 37)), "default": int(bad),
+            "seen": f"20{23 + int(draw.integers(2))}-{int(draw.integers(1, 13)):02d}-{int(draw.integers(1, 28)):02d}",
+        })  # fmt: skip
+    return made
+
+
+def _run(folder: Path, program: str, params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result, details) of a rehearsal at three banks."""
+    sources = {}
+    for seed, (site, rows) in enumerate({"north": 260, "harbour": 180, "valley": 120}.items()):
+        with (folder / f"{site}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(COLUMNS))
+            writer.writeheader()
+            writer.writerows(_records(rows, seed))
+        sources[site] = SourceSpec(path=f"{site}.csv")
+    plan = Plan.from_json({
+        "atoll": 1, "name": "banks", "schema": {"name": "banks", "max_rows": 1000, "columns": COLUMNS},
+        "program": program, "params": params, "protection": "plain",
+        "recipe": {"steps": [{"step": "complete_rows", "columns": ["age"]}]},
+    })  # fmt: skip
+    return run_sandbox(plan, sources, folder, folder / "out")
+
+
+@pytest.fixture(scope="session")
+def _everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    ask = [{"program": f"statistics.{name}", "params": params} for name, params in EVERYTHING.items()]
+    return _run(tmp_path_factory.mktemp("banks"), "statistics.several", {"ask": ask})
+
+
+@pytest.fixture
+def everything_study(_everything: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result, details) of a real run of every statistic, of which some cells are withheld."""
+    result, details = copy.deepcopy(_everything)
+    return result, details
+
+
+@pytest.fixture(scope="session")
+def _periods(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    params = {"between": "periods", "date": "seen", "cut": "2024-01-01", "columns": ["income", "region"]}
+    return _run(tmp_path_factory.mktemp("periods"), "statistics.psi", params)
+
+
+@pytest.fixture
+def periods_study(_periods: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result, details) of a real run of drift between two periods."""
+    result, details = copy.deepcopy(_periods)
+    return result, details
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """*value* with every name or word *old* in it as *new*."""
+    if isinstance(value, dict):
+        return {renamed(key, old, new): renamed(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item, old, new) for item in value]
+    return new if value == old else value
+
+
+# ---------------------------------------------------------------- what must hold of every page
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, the text, and a check that tags are closed in order."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def anchors(self) -> list[str]:
+        return [str(attributes["id"]) for attributes in self.all("section")]
+
+    def all(self, *names: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def _closed_world(content: str) -> Page:
+    """The page parsed, after everything that must hold of every report."""
+    seen = Page(content)
+    names = {tag for tag, _ in seen.tags}
+    assert not names & {"script", "link", "img", "image", "iframe", "object", "embed", "form", "base", "foreignobject"}
+    ids = [a["id"] for _, a in seen.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in seen.tags:
+        for name, value in attributes.items():
+            assert name not in ("src", "srcset", "action", "data", "ping", "style-src") and not name.startswith("on")
+            if name.endswith("href"):
+                assert value and value[0] == "#" and value[1:] in ids, (tag, value)
+            for target in re.findall(r"url\(([^)]*)\)", value or ""):
+                assert target[0] == "#" and target[1:] in ids, (tag, value)
+    style = "".join(re.findall(r"<style>(.*?)</style>", content, re.DOTALL))
+    assert "url(" not in style and "@import" not in style
+    assert "http:" not in content and "https:" not in content
+    assert seen.all("html")[0] == {"lang": "en"} and seen.all("title")
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in seen.all("meta")
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in seen.all("svg"))
+    assert len(seen.all("caption")) == len(seen.all("table"))
+    assert len(seen.all("h1")) == len(seen.all("main")) == 1
+    assert "nan" not in re.sub(r"<[^>]*>", " ", content.split("</style>")[1]).lower().split()
+    return seen
+
+
+@pytest.fixture(scope="session")
+def closed_world() -> Callable[[str], Page]:
+    """Parses a page, after checking everything that must hold of every report."""
+    return _closed_world
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """A name that tries to be markup, a formula, a control character, and wide."""
+    return '<script>alert("1")</script>&\'$x_2$ \x00\u202e' + "n" * 300
+
+
+@pytest.fixture(scope="session")
+def rename() -> Callable[[Any, str, str], Any]:
+    """Replaces a name everywhere in a result."""
+    return renamed

@@ -11,6 +11,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
+from atoll.report.charts import STRONGEST
 from atoll.report.html import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -59,6 +60,15 @@ def wide_study(model_study: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return result, details
 
 
+@pytest.fixture
+def wide_statistics(everything_study: Any, rename: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns, codes, sites and units without a place to break."""
+    result, details = everything_study
+    for name in ("income", "region", "coast", "north", "NT$"):
+        result, details = (rename(part, name, name[0] + "W" * 120) for part in (result, details))
+    return result, details
+
+
 def show(browser: webdriver.Chrome, path: Path, size: str, scheme: str) -> None:
     """Open the page in a window of *size*, which is narrower than a headless window can be made."""
     width, height = SIZES[size]
@@ -72,7 +82,9 @@ def show(browser: webdriver.Chrome, path: Path, size: str, scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("study", ["model_study", "statistics_study", "wide_study"])
+@pytest.mark.parametrize(
+    "study", ["model_study", "statistics_study", "wide_study", "everything_study", "wide_statistics"]
+)
 def test_the_page_fits(
     browser: webdriver.Chrome, request: pytest.FixtureRequest, tmp_path: Path, study: str, size: str, scheme: str
 ) -> None:
@@ -95,12 +107,21 @@ def test_the_page_fits(
         " e.clientWidth && !e.closest('.scroll, pre, svg')).map(e => e.outerHTML.slice(0, 200))"
     )
     assert stray == []
+    outside = browser.execute_script(
+        "return [...document.querySelectorAll('figure svg text')].filter(t => { const a = t.getBoundingClientRect(),"
+        " b = t.closest('figure').getBoundingClientRect(); return a.left < b.left || a.right > b.right ||"
+        " a.top < b.top || a.bottom > b.bottom }).map(t => t.textContent)"
+    )
+    assert outside == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out(browser: webdriver.Chrome, model_study: Any, tmp_path: Path, scheme: str) -> None:
+@pytest.mark.parametrize("study", ["model_study", "everything_study"])
+def test_text_stands_out(
+    browser: webdriver.Chrome, request: pytest.FixtureRequest, tmp_path: Path, study: str, scheme: str
+) -> None:
     """WCAG 2.2 success criterion 1.4.3: 4.5 to 1 for text, on the page and inside plots."""
-    write_report(tmp_path / "report.html", *model_study)
+    write_report(tmp_path / "report.html", *request.getfixturevalue(study))
     show(browser, tmp_path / "report.html", "desk", scheme)
     colours = browser.execute_script(
         "const s = e => getComputedStyle(document.querySelector(e));"
@@ -113,6 +134,25 @@ def test_text_stands_out(browser: webdriver.Chrome, model_study: Any, tmp_path: 
         for back in (colours["page"], colours["card"]):
             light, dark = sorted((luminance(front), luminance(back)), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (front, back)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_stand_out_of_the_fullest_cells(
+    browser: webdriver.Chrome, everything_study: Any, tmp_path: Path, scheme: str
+) -> None:
+    write_report(tmp_path / "report.html", *everything_study)
+    show(browser, tmp_path / "report.html", "desk", scheme)
+    ink, card, *colours = (
+        [int(part, 16) for part in (value[1:3], value[3:5], value[5:7])]
+        for value in browser.execute_script(
+            "const s = getComputedStyle(document.documentElement);"
+            " return ['ink', 'card', 'positive', 'negative'].map(n => s.getPropertyValue('--' + n).trim())"
+        )
+    )
+    for colour in colours:
+        mixed = [STRONGEST * c + (1 - STRONGEST) * b for c, b in zip(colour, card, strict=True)]
+        light, dark = sorted((luminance(f"rgb{tuple(ink)}"), luminance(f"rgb{tuple(map(round, mixed))}")), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
 def luminance(colour: str) -> float:

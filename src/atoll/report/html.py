@@ -12,9 +12,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atoll.report import model, record
+from atoll.report import association, distributions, groups, model, record, scorecard, sentences
 from atoll.report.markup import Child, Html, code, element
-from atoll.report.section import Input, Maker, part, terms
+from atoll.report.section import Input, Maker, part, terms, unit_of
+from atoll.report.svg import distinct
 from atoll.report.words import NOTHING, counted, duration, fixed, listed, moment, real, significant, size, whole
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -24,6 +25,18 @@ SECTIONS: tuple[Maker, ...] = (
     model.convergence,
     model.coefficients,
     record.statistics,
+    distributions.distributions,
+    distributions.missing,
+    scorecard.evidence,
+    association.correlation,
+    association.collinearity,
+    association.components,
+    association.crosstables,
+    groups.group_by,
+    groups.tests,
+    groups.survival,
+    scorecard.drift,
+    scorecard.quality,
     record.preparation,
     record.releases,
     record.traffic,
@@ -62,7 +75,7 @@ def page(result: Input, details: Input) -> str:
     )
     links = [element("li", element("a", made.title, href=f"#{made.anchor}")) for made in parts]
     nav = element("nav", element("ul", links), aria_label="Contents")
-    main = element("main", [made.html() for made in parts])
+    main = distinct(element("main", [made.html() for made in parts]))
     columns = element("div", nav, main, class_="columns")
     body = element("body", _masthead(study, result, details), columns, _footer(result, details))
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
@@ -132,6 +145,11 @@ def outcome(result: Input, details: Input) -> str:
         return f"{together}: on records kept aside for testing, {off}{_against(mae, pooled.get('mae'))}."
     if part(result, "model"):
         return f"{together}. It was not scored on records kept aside."
+    who = f"{many} {'site' if sites == 1 else 'sites'}"
+    rows, found_out = _rows(result), part(result, "output")
+    records = "" if rows is None else f" ({whole(rows)} in all)"
+    if said := sentences.outcome(found_out, who, records, lambda column: unit_of(details, column)):
+        return said
     if columns:
         where = f" at {counted(sites, 'site')}" if sites else ""
         return f"{whole(_rows(result))} records{where}, described together in {counted(len(columns), 'column')}."

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from atoll.report import svg
 from atoll.report.markup import Html
 from atoll.report.svg import FEDERATED, INK, LOCAL, MUTED, POOLED, plain_axes, render, shortened
-from atoll.report.words import fixed, real, significant, size, whole
+from atoll.report.words import compact, fixed, real, significant, size, whole
 
 WIDTH = 340.0
 """CSS pixels: a phone's width less its margins, so that text there keeps its size."""
@@ -30,7 +30,8 @@ Z_95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
 
 
-def _numbers(axes: Axes, which: str, most: int = 5, *, whole_only: bool = False) -> None:
+def numbers(axes: Axes, which: str, most: int = 5, *, whole_only: bool = False) -> None:
+    """Numbers along one axis ("x" or "y"), at most about *most*."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(most, integer=whole_only, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(svg.ticks))
@@ -52,8 +53,8 @@ def convergence(history: Sequence[Mapping[str, Any]]) -> Html | None:
         axes.annotate(
             fixed(losses[-1]), (steps[-1], losses[-1]), (0, 7), textcoords="offset points", ha="right", color=INK
         )
-        _numbers(axes, "x", 6, whole_only=True)
-        _numbers(axes, "y")
+        numbers(axes, "x", 6, whole_only=True)
+        numbers(axes, "y")
         axes.margins(x=0.03, y=0.08)
 
     label = (
@@ -171,7 +172,7 @@ def forest(table: Sequence[Mapping[str, Any]]) -> Html | None:
             axes.axvline(0, color=MUTED, linewidth=1)
             axes.set_yticks(range(len(panel)), [name for name, _, _ in panel], color=INK)
             axes.set_ylim(len(panel) - 0.4, -0.6)
-            _numbers(axes, "x", 5)
+            numbers(axes, "x", 5)
             axes.margins(x=0.06)
 
     told = "; ".join(f"{name} {significant(c, 3)} ± {significant(half, 2)}" for name, c, half in rows)
@@ -252,30 +253,41 @@ def calibration(groups: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def histogram(name: str, column: Mapping[str, Any], unit: str = "") -> Html | None:
-    """One column's histogram, [num_bins], over its edges, [num_bins + 1], without empty bins at the ends."""
-    counts = np.array([real(n) or 0.0 for n in column.get("histogram") or []])
+    """One column's histogram, [num_bins], over its edges, [num_bins + 1], without empty bins at the ends.
+
+    A count of None is withheld. Bins may differ in width: then a bar's area is its count.
+    """
+    told = [real(n) for n in column.get("histogram") or []]
+    counts = np.array([0.0 if n is None else n for n in told])
     edges = np.array([np.nan if (e := real(x)) is None else e for x in column.get("edges") or []])
     if len(edges) != len(counts) + 1 or not counts.any() or np.isnan(edges).any():
         return None
-    filled = np.flatnonzero(counts)
+    gone = np.array([n is None for n in told])
+    filled = np.flatnonzero((counts > 0) | gone)
     first, last = int(filled[0]), int(filled[-1])
     if last - first < 2:
         first, last = max(first - 1, 0), min(last + 1, len(counts) - 1)
-    counts, edges = counts[first : last + 1], edges[first : last + 2]
+    counts, edges, gone = counts[first : last + 1], edges[first : last + 2], gone[first : last + 1]
+    widths = np.diff(edges)
+    heights = counts / widths * widths.min() if (widths > 0).all() else counts
 
     def paint(figure: Figure) -> None:
         axes = plain_axes(figure)
         axes.spines["bottom"].set(visible=True, color=MUTED)
-        axes.stairs(counts, edges, fill=True, color=svg.DATA, linewidth=0)
+        axes.stairs(heights, edges, fill=True, color=svg.DATA, linewidth=0)
+        for place in (edges[:-1] + widths / 2)[gone]:
+            axes.text(place, 0.03 * heights.max(), "×", ha="center", color=MUTED)
         mean = real(column.get("mean"))
         if mean is not None and edges[0] <= mean <= edges[-1]:
             axes.axvline(mean, color=INK, linewidth=1.5)
         axes.set_yticks([])
-        axes.set_ylim(0, counts.max() * 1.05)
-        _numbers(axes, "x", 3)
+        axes.set_ylim(0, heights.max() * 1.05)
+        numbers(axes, "x", 3)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
 
     label = (
         f"Histogram of {name}: {whole(counts.sum())} values between {significant(edges[0])} "
         f"and {significant(edges[-1])}{' ' + unit if unit else ''}, mean {significant(column.get('mean'))}"
+        + (f"; {gone.sum()} bins withheld" if gone.any() else "")
     )
     return render(150, 82, label, paint)

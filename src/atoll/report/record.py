@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from atoll.report import plots
+from atoll.report.distributions import rows_left_out
 from atoll.report.markup import Child, Html, code, element, join, table
 from atoll.report.section import Input, Section, beside, cards, figure, part, text, unit_of
-from atoll.report.words import NOTHING, counted, duration, listed, percent, real, significant, size, whole
+from atoll.report.words import NOTHING, WITHHELD, counted, duration, listed, percent, real, significant, size, whole
 
 MOST_HISTOGRAMS = 60
 """Histograms in one page; the table has every column."""
@@ -24,14 +25,18 @@ def statistics(result: Input, details: Input) -> Section | None:
         unit = unit_of(details, name)
         if len(pictures) < MOST_HISTOGRAMS:
             pictures.append(figure(plots.histogram(name, part(found), unit), name, unit or None))
-        missing = whole(part(found).get("missing"))
+        gone = bool(part(found).get("withheld"))
+        missing = WITHHELD if gone else whole(part(found).get("missing"))
         if real(part(found).get("missing")):
             missing += f" ({percent(found['missing'], found.get('rows'))})"
         shown = [significant(part(found).get(key)) for key in ("mean", "std", "low", "high")]
         title = join(name, element("small", unit) if unit else None)
-        rows.append([title, whole(part(found).get("count")), missing, *shown])
+        count = WITHHELD if gone else whole(part(found).get("count"))
+        rows.append([title, count, missing, *([WITHHELD] * 4 if gone else shown)])
     said = f"{whole(part(result, 'statistics').get('rows'))} rows of all sites together."
     hint = " The line in a histogram marks the mean." if any(pictures) else ""
+    if any(n is None for found in columns.values() for n in part(found).get("histogram") or []):
+        hint += " × marks a bin that is withheld, as too few rows are in it or beside it."
     note = (
         "Smallest and largest values never leave a site: low and high are edges of histogram bins, "
         "with at least a few rows at or beyond each."
@@ -42,18 +47,19 @@ def statistics(result: Input, details: Input) -> Section | None:
 
 
 def preparation(result: Input, details: Input) -> Section | None:
-    """Values that the recipe's steps computed over all sites."""
+    """Rows kept and left out by reason, and values that the recipe's steps computed over all sites."""
     rows: list[list[Child]] = []
     for step, fitted in part(result, "fitted").items():
         for column, value in part(fitted).items():
             unit = unit_of(details, column)
             title = join(column, element("small", unit) if unit else None)
             rows.append([title, int(step) + 1 if str(step).isdecimal() else step, _value(value)])
-    if not rows:
-        return None
-    said = "Every site prepared its table in the same way, with these values, computed from all sites together."
-    header = ["Column", "Step of the recipe", "Value"]
-    return Section("preparation", "Preparation", [text(said), table("Values used in preparation", header, rows)])
+    content = rows_left_out(result)
+    if rows:
+        said = "Every site prepared its table in the same way, with these values, computed from all sites together."
+        header = ["Column", "Step of the recipe", "Value"]
+        content += [text(said), table("Values used in preparation", header, rows)]
+    return Section("preparation", "Preparation", content) if content else None
 
 
 def _value(value: object) -> str:

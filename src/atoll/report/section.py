@@ -36,6 +36,11 @@ def part(source: object, *path: str) -> Mapping[str, Any]:
     return source if isinstance(source, Mapping) else {}
 
 
+def output(result: Input, kind: str) -> Mapping[str, Any]:
+    """What the statistics program *kind* returned."""
+    return part(result, "output", kind)
+
+
 def unit_of(details: Input, column: object) -> str:
     """The column's unit; "" when it has none."""
     return str(part(details, "units").get(str(column)) or "")
@@ -59,10 +64,15 @@ def cards(figures: Sequence[Html | None], kind: str = "") -> Html | None:
     return element("div", shown, class_=f"cards {kind}".strip()) if shown else None
 
 
-def beside(picture: Html | None, *words: Child) -> Html:
-    """A figure, and words to its right where there is room."""
+def beside(picture: Html | None, *words: Child, top: bool = False) -> Html:
+    """A figure, and words to its right where there is room; *top*: both begin at the same height."""
     told = element("div", *words, class_="words")
-    return told if picture is None else element("div", picture, told, class_="beside")
+    return told if picture is None else element("div", picture, told, class_="beside top" if top else "beside")
+
+
+def folded(title: str, *content: Child) -> Html:
+    """Content that opens by a click on its title, and on paper is left closed or open as the reader left it."""
+    return element("details", element("summary", title), *content)
 
 
 def terms(pairs: Sequence[tuple[Child, Child]], kind: str) -> Html:

@@ -13,6 +13,7 @@ import html
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -26,9 +27,11 @@ from atoll.report.markup import Html, clean
 Grid = Literal["x", "y", "both"]
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 FEDERATED, LOCAL, POOLED, DATA, CARD = "#040404", "#050505", "#060606", "#070707", "#080808"
+POSITIVE, NEGATIVE = "#090909", "#0a0a0a"
 _VARIABLES = {
     INK: "ink", MUTED: "muted", LINE: "line", CARD: "card",
     FEDERATED: "federated", LOCAL: "local", POOLED: "pooled", DATA: "data",
+    POSITIVE: "positive", NEGATIVE: "negative",
 }  # fmt: skip
 TEXT_SIZE = 11.0
 """Size of text, in the drawing's units (CSS pixels)."""
@@ -66,6 +69,8 @@ _STYLE: dict[str, Any] = {
 }
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _TAG = re.compile(r"<[^<>]+>")  # matplotlib escapes < and > in text and in attributes
+_DRAWING = re.compile(r'<svg class="plot".*?</svg>', re.DOTALL)
+_ID = re.compile(r' id="(p[0-9a-f]{10})')
 _REFERENCE = re.compile(r'url\(#([^)]+)\)|xlink:href="#([^"]+)"')
 
 
@@ -95,6 +100,19 @@ def render(width: float, height: float, label: str, paint: Callable[[Figure], No
         'stroke-linejoin="round" stroke-linecap="butt" font-family="inherit">'
     )
     return Html(f"{head}{drawing}</svg>")
+
+
+def distinct(page: str) -> Html:
+    """*page* with ids of its own for a drawing that is in it more than once."""
+    seen: Counter[str] = Counter()
+
+    def again(drawing: re.Match[str]) -> str:
+        if (named := _ID.search(drawing[0])) is None:
+            return drawing[0]
+        seen[named[1]] += 1
+        return drawing[0] if seen[named[1]] == 1 else drawing[0].replace(named[1], f"{named[1]}_{seen[named[1]]}_")
+
+    return Html(_DRAWING.sub(again, page))
 
 
 def _retouched(tag: str, used: set[str], prefix: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 NOTHING = "–"
+WITHHELD = "withheld"
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -45,6 +46,21 @@ def whole(value: object) -> str:
     """An integer with thousands separated: 12,345."""
     number = real(value)
     return NOTHING if number is None else f"{number:,.0f}".replace("-", "−")
+
+
+def told(value: object, form: Callable[[object], str] = whole) -> str:
+    """*value* in words, where a value that is not there was withheld."""
+    return WITHHELD if real(value) is None else form(value)
+
+
+def compact(value: object) -> str:
+    """In few characters: 43k, 1.2M, 0.05."""
+    number = real(value)
+    if number is None:
+        return NOTHING
+    size, letter = next(((s, c) for s, c in ((1e9, "G"), (1e6, "M"), (1e4, "k")) if abs(number) >= s), (1.0, ""))
+    scaled = number / (1e3 if letter == "k" else size)
+    return f"{scaled:.{3 if letter else 4}g}".replace("-", "−").replace("e", " × 10^") + letter
 
 
 def percent(part: object, total: object) -> str:
