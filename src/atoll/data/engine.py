@@ -8,6 +8,7 @@ and sort alike, and a recipe must mean the same at every site.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -63,6 +64,14 @@ class Engine:
                 self._connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM loading')  # noqa: S608
             finally:
                 self._connection.unregister("loading")
+        return self.backend.table(name)
+
+    def file(self, path: Path, reader: str) -> ir.Table:
+        """A file that DuckDB's function *reader* reads, each time it is looked at. Raises SchemaError."""
+        self._tables += 1
+        name, quoted = f"file {self._tables}", glob.escape(str(path)).replace("'", "''")
+        with telling():
+            self._connection.execute(f"CREATE VIEW \"{name}\" AS SELECT * FROM {reader}('{quoted}')")  # noqa: S608
         return self.backend.table(name)
 
     def beside(self, table: ir.Table, data: pa.Table) -> ir.Table:
