@@ -231,7 +231,8 @@ def study(tmp_path: Path) -> Study:
 
 def test_check_finds_nothing_in_a_good_plan(study: Study) -> None:
     found = json.loads(study.check("--json", code=0))
-    assert found["problems"] == [] and found["sites"] == {site: {"rows": 60, "ok": True, "dropped": {}} for site in SITES}
+    assert found["problems"] == [] and found["warnings"] == []
+    assert found["sites"] == {site: {"rows": 60, "ok": True, "dropped": {}} for site in SITES}
     assert found["plan"] == "small" and len(found["plan_hash"]) == 64
 
 
