@@ -288,6 +288,24 @@ def test_broken_table_is_refused_and_its_value_stays(federation: Any, wait_until
 
 
 @pytest.mark.slow
+def test_tables_are_compared_before_a_study(federation: Any, wait_until: Any) -> None:
+    """One site exported a constant: nobody sees its table, and everybody sees that it is off."""
+    before = federation.data("gamma").read_text()
+    header, *lines = before.splitlines()
+    at = header.split(",").index("weight")
+    try:
+        cells = [line.split(",") for line in lines]
+        changed = [[*row[:at], "1.5", *row[at + 1 :]] for row in cells]
+        federation.data("gamma").write_text("\n".join([header, *(",".join(row) for row in changed)]) + "\n")
+        told = federation.as_coordinator("submit", federation.plan("compared", params=SHORT), "--check", "--wait")
+    finally:
+        federation.data("gamma").write_text(before)
+    assert "weight" in told.stdout
+    assert "has one value only" in " ".join(told.stdout.split())
+    assert "gamma" in told.stdout
+
+
+@pytest.mark.slow
 def test_several_sites_refuse(federation: Any, wait_until: Any) -> None:
     before = {name: federation.data(name).read_text() for name in ("beta", "gamma")}
     try:
