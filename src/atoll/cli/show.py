@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,7 +17,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from atoll.contract.errors import AtollError
-from atoll.runtime.checkup import Finding
+
+if TYPE_CHECKING:  # showing an error should not wait for what runs studies
+    from atoll.runtime.checkup import Finding
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

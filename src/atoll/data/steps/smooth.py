@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from scipy import signal
 
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.columns import to_array
@@ -108,6 +107,8 @@ class Smooth(Step):
                 stream[present] = self._filtered(stream[present])
 
     def _filtered(self, values: Floats) -> Floats:
+        from scipy import signal  # half a second that no other command should wait for
+
         if self.method == "exponential":
             start = np.array([(1 - self.alpha) * values[0]])
             return np.asarray(signal.lfilter([self.alpha], [1, self.alpha - 1], values, zi=start)[0])
