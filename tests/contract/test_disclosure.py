@@ -108,3 +108,20 @@ def test_the_cohorts_total_is_judged_by_the_same_rule() -> None:
     partly = {"n": np.array([30, 2, 0, 9]), "withheld": np.array([0, 1, 1, 0])}
     assert TABLE.hidden(partly, 5).tolist() == [False, True, True, False]
     assert TABLE.hidden(total, 1).tolist() == [False, False, False]
+
+
+def test_a_withheld_total_is_not_dominated_either() -> None:
+    """A is shown, and the line's total known: B and C together would tell B's largest value."""
+    table = Cells("n", "withheld", ("sum",), (0,), "top")
+    top = np.array([[19.0, 19, 19, 15_000], [990, 0.3, 0.3, 1000], [0.1, 0.1, 0.1, 0.5]])
+    given = {"n": np.array([1000, 50, 6]), "sum": top[:, 3].copy(), "top": top}
+    assert judged(given, [table], Rule(5, 2, 0.85))["withheld"].tolist() == [1, 1, 1]
+
+
+def test_a_cell_that_its_parent_took_along_is_counted_for_the_complement() -> None:
+    """Of x, group B has no value at all: hiding B beside A hides nothing."""
+    parent, child = Cells("rows", "rows_withheld", ("count",), (0,)), Cells("count", "withheld", ("sum",), (0,))
+    given = {"rows": np.array([1, 6, 100]), "count": np.array([1, 0, 100]), "sum": np.array([42.5, 0, 900])}
+    told = judged(given, [parent, child], Rule(5))
+    assert told["rows_withheld"].tolist() == [1, 1, 0]
+    assert told["withheld"].tolist() == [1, 1, 1]

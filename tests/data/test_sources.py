@@ -17,9 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import AtollError, SchemaError
+from atoll.contract.plan import Plan
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.check import checked
 from atoll.data.engine import Engine
+from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec, known_columns, open_source
 from atoll.data.table import Table
 
@@ -461,3 +463,16 @@ def test_the_real_hospitals_files(atoll_data: Path) -> None:
                 cells = [line[place] for line in lines]
                 wanted = [math.nan if c in nulls else float(c) for c in cells]
                 assert np.array_equal(table[column], wanted, equal_nan=True), column
+
+
+def test_a_recipe_that_leaves_nothing_says_what_it_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("x\nNA\nNA\n")
+    schema = schema_of({"x": {"range": [0, 9]}})
+    plan = Plan.from_json(
+        {"atoll": 1, "name": "t", "schema": schema.model_dump(mode="json"), "program": "statistics.describe",
+         "recipe": {"clean": [{"step": "drop_missing", "columns": ["x"]}]}}
+    )  # fmt: skip
+    with pytest.raises(SchemaError) as caught:
+        SiteData.read(SourceSpec(path="t.csv", nulls=("NA",)), plan, tmp_path, "a")
+    assert caught.value.code == "schema.nothing-left"
+    assert "all 2 rows" in caught.value.message

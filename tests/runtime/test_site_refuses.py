@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from atoll.contract.errors import PolicyError, ProtocolError
+from atoll.contract.program import build
 from atoll.contract.wire import Message
-from atoll.crypto.identity import verify
+from atoll.crypto.identity import Identity, verify
 from atoll.ledger.verify import verify_file
+from atoll.runtime.journal import Journal
+from atoll.runtime.study import Permitted
 
 COLUMNS = {"x": {"range": [0, 10]}, "y": {"range": [0, 10]}}
 PARAMS = {"family": "linear", "target": "y", "features": ["x"], "rounds": 2}
@@ -107,3 +112,31 @@ def ledger_of(federation: Any, site: str) -> list[Any]:
     path = federation.folder / f"{site}.jsonl"
     federation.journals[site].export(path)
     return verify_file(path, verify).entries
+
+
+def test_what_a_program_calls_is_answered_with_its_own_parameters_only(federation: Any) -> None:
+    """An approver of VIF on x and z does not approve correlations of whatever else."""
+    columns = {name: {"range": [0, 1]} for name in ("x", "z", "secret")}
+    random = np.random.default_rng(1)
+    tables = {"a": federation.table({name: random.random(50) for name in columns}, columns)}
+    plan = federation.plan("statistics.vif", {"columns": ["x", "z"]}, tables)
+    permitted = Permitted(plan)
+    asked = {"columns": ["x", "z"], "missing": "listwise"}
+    permitted.check(build("statistics.correlation", asked))
+    for other in ({**asked, "columns": ["x", "secret"]}, {"columns": ["x", "z"]}):
+        with pytest.raises(PolicyError) as caught:
+            permitted.check(build("statistics.correlation", other))
+        assert caught.value.code == "policy.not-in-plan"
+    federation.run(plan, tables)
+
+
+def test_what_was_fitted_stays_the_same_in_a_run(tmp_path: Path) -> None:
+    identity = Identity.generate("a")
+    journal = Journal(tmp_path / "j.db", "a", identity.public, identity.sign)
+    journal.pin_view("r", {"0": {"x": 3.0}})
+    journal.pin_view("r", {"0": {"x": 3.0}, "1": [1, 2]})
+    journal.pin_view("other", {"0": {"x": 4.0}})
+    with pytest.raises(ProtocolError) as caught:
+        journal.pin_view("r", {"0": {"x": 3.0001}})
+    assert caught.value.code == "task.view"
+    journal.close()

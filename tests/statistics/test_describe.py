@@ -241,3 +241,23 @@ def test_columns_without_numbers_are_refused(federation: Any, column: str) -> No
     with pytest.raises(PlanError) as caught:
         federation.run(federation.plan("statistics.describe", {"columns": ["wide", column]}, tables), tables)
     assert (caught.value.code, caught.value.field) == ("plan.bad-column", column)
+
+
+def test_a_column_so_skewed_that_its_bins_are_withheld(federation: Any) -> None:
+    x = np.append(np.full(1000, 1.0), [80.0, 90.0, 99.0])
+    tables = {"a": federation.table({"x": x}, {"x": {"range": [0, 100]}})}
+    strict = Policy.sandbox().model_copy(update={"min_group_size": 5})
+    found = federation.run(federation.plan("statistics.describe", {}, tables), tables, {"a": strict})["result"]
+    assert found["columns"]["x"]["mean"] == pytest.approx(x.mean())
+    assert not any(found["columns"]["x"]["histogram"])
+
+
+def test_few_missing_cells_are_not_counted_for_the_reader(federation: Any) -> None:
+    x = np.where(np.arange(60) < 2, NAN, np.linspace(0, 10, 60))
+    tables = {"a": federation.table({"x": x}, {"x": {"range": [0, 10]}})}
+    plan = federation.plan("statistics.describe", {"bins": 4}, tables, run={"min_group_size": 5})
+    found = federation.run(plan, tables)["result"]["columns"]["x"]
+    assert math.isnan(found["count"]) and math.isnan(found["missing"])
+    assert found["mean"] == pytest.approx(np.nanmean(x))
+    shown = [rows for rows in found["histogram"] if rows is not None]
+    assert 0 < sum(shown) < 55  # else they could be counted

@@ -38,6 +38,11 @@ class Rule:
     dominant: int = 1
     share: float = 1.0
 
+    def dominates(self, top: NDArray[np.float64]) -> bool:
+        """Whether so few people make more than the share of all cells together. top: [cells, TOP + 1]."""
+        most = np.sort(top[:, :TOP], axis=None)[-self.dominant :].sum()
+        return bool(most > self.share * top[:, TOP].sum())
+
 
 @dataclass(frozen=True, slots=True)
 class Cells:
@@ -91,9 +96,18 @@ def largest(values: NDArray[Any], cell: NDArray[np.integer[Any]] | None = None, 
 
 
 def suppress(
-    counts: NDArray[Any], mask: NDArray[np.bool_], min_group_size: int, lines: Sequence[int] = ()
+    counts: NDArray[Any],
+    mask: NDArray[np.bool_],
+    min_group_size: int,
+    lines: Sequence[int] = (),
+    top: NDArray[np.float64] | None = None,
+    rule: Rule = Rule(),
 ) -> NDArray[np.bool_]:
-    """*mask* (cells withheld already), and the cells that are too small, and their complement along *lines*."""
+    """*mask* (cells withheld already), and the cells that are too small, and their complement along *lines*.
+
+    top: each cell's :func:`largest`, [*counts.shape, TOP + 1]; then nobody may dominate the total of what is
+    withheld in a line either, by *rule*: it can be had by subtracting.
+    """
     hidden = mask | ((counts > 0) & (counts < min_group_size))
     changed = bool(hidden.any() and lines)
     while changed:
@@ -101,10 +115,14 @@ def suppress(
         for axis in lines:
             rows = np.moveaxis(counts, axis, -1).reshape(-1, counts.shape[axis])
             marks = np.moveaxis(hidden, axis, -1).reshape(rows.shape).copy()
+            tops = None if top is None else np.moveaxis(top, axis, -2).reshape(*rows.shape, TOP + 1)
             for i in np.flatnonzero(marks.any(axis=1) & ~marks.all(axis=1)):
+                # a line's total that few people dominate is told nowhere, so it cannot be subtracted from
+                known = tops is not None and not rule.dominates(tops[i])
                 for j in np.argsort(rows[i], kind="stable"):
                     people = rows[i][marks[i]]
-                    if (people > 0).sum() > 1 and people.sum() >= min_group_size:
+                    told = tops is not None and known and rule.dominates(tops[i][marks[i]])
+                    if (people > 0).sum() > 1 and people.sum() >= min_group_size and not told:
                         break
                     if rows[i][j] > 0 and not marks[i][j]:
                         marks[i][j] = changed = True
@@ -116,12 +134,13 @@ def suppress(
 def judged(reply: Mapping[str, Any], tables: Sequence[Cells], rule: Rule) -> dict[str, Any]:
     """A handler's reply with what *rule* withholds set to zero, marked, and without what is for the gate alone.
 
-    Raises ProtocolError when a declared field is missing.
+    A table whose counts are among an earlier one's values loses the cells that the earlier one does. Raises
+    ProtocolError when a declared field is missing.
     """
-    told = dict(reply)
+    told, masks = dict(reply), list[tuple[Cells, NDArray[np.bool_]]]()
     for table in tables:
         try:
-            counts = np.asarray(told[table.counts])
+            counts = np.asarray(reply[table.counts])
             top = np.asarray(told.pop(table.largest)) if table.largest else None
             values = {name: np.array(told[name]) for name in table.values}
         except KeyError as error:
@@ -132,7 +151,11 @@ def judged(reply: Mapping[str, Any], tables: Sequence[Cells], rule: Rule) -> dic
         if top is not None:
             top = top.reshape(*counts.shape, TOP + 1)
             mask = (counts > 0) & (top[..., : rule.dominant].sum(axis=-1) > rule.share * top[..., TOP])
-        mask = suppress(counts, mask, rule.min_group_size, table.lines)
+        for earlier, lost in masks:
+            if table.counts in earlier.values:
+                mask = mask | lost.reshape(*lost.shape, *[1] * (counts.ndim - lost.ndim))
+        mask = suppress(counts, mask, rule.min_group_size, table.lines, top, rule)
+        masks.append((table, mask))
         told[table.withheld] = mask.astype(np.uint8)
         if mask.any():
             told[table.counts] = np.where(mask, 0, counts)

@@ -57,6 +57,10 @@ class TableView(Protocol):
     def dropped(self) -> Mapping[str, int]:
         """Rows that preparation left out, by reason."""
 
+    @property
+    def achieved(self) -> Mapping[str, int]:
+        """The "k" and "l" of the table's anonymity, where the recipe made it anonymous."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, name: str) -> NDArray[Any]:

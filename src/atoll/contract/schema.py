@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 DType = Literal["real", "integer", "text", "date", "datetime", "image"]
 Role = Literal["feature", "label", "entity", "time", "ignore"]
@@ -84,6 +84,13 @@ class TableSchema(BaseModel):
     version: str = "1"
     max_rows: int = Field(default=10_000_000, gt=0)
     columns: Mapping[str, Column] = Field(min_length=1)
+
+    @field_validator("columns")
+    @classmethod
+    def _plain_names(cls, columns: Mapping[str, Column]) -> Mapping[str, Column]:
+        if any(name.startswith("__") for name in columns):
+            raise ValueError("names that begin with two underscores are the engine's own")
+        return columns
 
     def numeric_columns(self) -> tuple[str, ...]:
         """Names of numeric feature and label columns, in schema order."""

@@ -8,6 +8,7 @@ the engine; messages name columns and count cells, and never show a cell.
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from typing import Any
 
 import ibis
@@ -15,7 +16,6 @@ import ibis.expr.types as ir
 
 from atoll.contract.errors import AtollError, SchemaError, refuse_all
 from atoll.contract.schema import Column, TableSchema
-from atoll.data.engine import Engine
 from atoll.data.frame import ID, ROW, Frame
 
 _IBIS_TYPE = {
@@ -26,6 +26,11 @@ _WHAT = {
     "real": "numbers", "integer": "whole numbers", "text": "text", "date": "dates (YYYY-MM-DD)",
     "datetime": "dates with times (YYYY-MM-DD HH:MM:SS)", "image": "images",
 }  # fmt: skip
+_MEND = {
+    **dict.fromkeys(("real", "integer"), "correct the cells, read them with the step numbers, or change the dtype"),
+    **dict.fromkeys(("date", "datetime"), "correct the cells, or read them with the step dates"),
+    **dict.fromkeys(("text", "image"), "correct the cells, or the schema's dtype"),
+}
 _GRAIN_S = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
 
 
@@ -40,11 +45,11 @@ def checked(frame: Frame) -> Frame:
         ROW, **{f"{i}r": _cell(frame.table[name], column) for i, (name, column) in enumerate(kept.items())}
     )
     typed = cells.mutate(**{f"{i}v": _typed(cells[f"{i}r"], column) for i, column in enumerate(kept.values())})
-    _check_cells(typed, kept, schema, frame.engine)
+    _check_cells(typed, kept, schema, frame)
     columns = {name: typed[f"{i}v"] for i, name in enumerate(kept)}
     entities = [name for name, column in kept.items() if column.role == "entity"]
     identity = ibis.struct({name: columns[name] for name in entities or kept}).hash()
-    return Frame(frame.engine, typed.select(ROW, **columns, **{ID: identity}), schema, frame.dropped, frame.ordered)
+    return replace(frame, table=typed.select(ROW, **columns, **{ID: identity}))
 
 
 def check_columns(columns: list[str], schema: TableSchema, *, extra: str = "refuse") -> None:
@@ -99,7 +104,7 @@ def _typed(cell: Any, column: Column) -> ir.Value:
     return cell.cast("string").try_cast(wanted)
 
 
-def _check_cells(typed: ir.Table, kept: dict[str, Column], schema: TableSchema, engine: Engine) -> None:
+def _check_cells(typed: ir.Table, kept: dict[str, Column], schema: TableSchema, frame: Frame) -> None:
     """Count the cells of every column that break the contract, in one query."""
     counts: dict[str, Any] = {"rows": typed.count()}
     for i, column in enumerate(kept.values()):
@@ -123,10 +128,16 @@ def _check_cells(typed: ir.Table, kept: dict[str, Column], schema: TableSchema, 
             counts[f"{i}code"] = (value.notnull() & value.notin(list(column.values))).sum()
         if column.role == "entity":
             counts[f"{i}distinct"] = raw.nunique()
-    found = {k: int(v or 0) for k, v in engine.row(typed.aggregate(**counts)).items()}
+    found = {k: int(v or 0) for k, v in frame.engine.row(typed.aggregate(**counts)).items()}
     rows = found["rows"]
+    if rows == 0 and (left := sum(frame.dropped.values())):
+        why = ", ".join(f"{number} {reason}" for reason, number in frame.dropped.items() if number)
+        raise SchemaError(
+            "schema.nothing-left", f"the recipe leaves out all {left} rows: {why}", field="recipe",
+            remedy="mend the table, leave the cleaning step out, or the site",
+        )  # fmt: skip
     if rows == 0:
-        raise SchemaError("source.empty", "the table has no rows", field="path", remedy="check the site's source")
+        raise SchemaError("source.empty", "the table has no rows", field="source", remedy="check the site's source")
     problems: list[AtollError] = []
     if rows > schema.max_rows:
         problems.append(
@@ -137,13 +148,23 @@ def _check_cells(typed: ir.Table, kept: dict[str, Column], schema: TableSchema, 
         unit = f" {column.unit}" if column.unit else ""
         limits = f"[{column.range[0]:g}, {column.range[1]:g}]{unit}" if column.range else ""
         faults = (
-            ("type", "schema.type", f"are not {_WHAT[column.dtype]}", "correct the cells, or the schema's dtype"),
+            ("type", "schema.type", f"are not {_WHAT[column.dtype]}", _MEND[column.dtype]),
             ("finite", "schema.not-finite", "are NaN or infinite", "leave missing cells empty"),
             ("whole", "schema.type", "are not whole numbers", "correct the cells, or use dtype: real"),
-            ("range", "schema.range", f"are outside {limits}", "check the unit, or widen the schema's range"),
+            (
+                "range",
+                "schema.range",
+                f"are outside {limits}",
+                "check the unit (step units), or widen the schema's range",
+            ),
             ("grain", "schema.grain", f"are not multiples of {column.grain}", "align the times in the recipe"),
             ("future", "schema.future", "are in the future", "correct the dates; a day ahead is allowed"),
-            ("code", "schema.code", "are not in the code list", "map the codes, or add them to the schema's values"),
+            (
+                "code",
+                "schema.code",
+                "are not in the code list",
+                "map the codes (step codes), or add them to the schema's values",
+            ),
         )
         for key, code, what, remedy in faults:
             if number := found.get(f"{i}{key}", 0):
@@ -159,6 +180,6 @@ def _check_cells(typed: ir.Table, kept: dict[str, Column], schema: TableSchema, 
         if column.role == "entity" and (doubles := rows - missing - found[f"{i}distinct"]) > 0:
             problems.append(
                 SchemaError("schema.duplicate-id", f"column {name!r}: {doubles} rows repeat an id", field=name,
-                            remedy="remove duplicate rows before the study")
+                            remedy="remove duplicate rows (step deduplicate)")
             )  # fmt: skip
     refuse_all(SchemaError, "schema.broken", problems)

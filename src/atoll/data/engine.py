@@ -26,6 +26,8 @@ import pyarrow as pa
 
 from atoll.contract.errors import AtollError, SchemaError
 
+PART_ROWS = 131_072
+"""Rows of Arrow data that are loaded at once: a whole row group of DuckDB's."""
 MEMORY_BYTES = 256 << 20
 """What DuckDB may hold in memory; the rest goes to the scratch folder."""
 
@@ -57,13 +59,24 @@ class Engine:
 
     def load(self, data: pa.Table | pa.RecordBatchReader) -> ir.Table:
         """Arrow data, copied into the engine. Raises SchemaError when its reader fails."""
-        name = self._name()
+        name, batches = self._name(), iter(data.to_batches() if isinstance(data, pa.Table) else data)
+        statement, more = f'CREATE TABLE "{name}" AS SELECT * FROM loading', True  # noqa: S608
+
+        def part() -> Iterator[pa.RecordBatch]:
+            nonlocal more
+            rows, more = 0, False
+            while rows < PART_ROWS and (batch := next(batches, None)) is not None:
+                rows, more = rows + len(batch), True
+                yield batch
+
         with telling():
-            self._connection.register("loading", data)
-            try:
-                self._connection.execute(f'CREATE TABLE "{name}" AS SELECT * FROM loading')  # noqa: S608
-            finally:
-                self._connection.unregister("loading")
+            while more:  # a statement keeps what it has scanned of Arrow's until it ends, whatever the memory limit
+                self._connection.register("loading", pa.RecordBatchReader.from_batches(data.schema, part()))
+                try:
+                    self._connection.execute(statement)
+                finally:
+                    self._connection.unregister("loading")
+                statement = f'INSERT INTO "{name}" SELECT * FROM loading'  # noqa: S608
         return self.backend.table(name)
 
     def file(self, path: Path, reader: str) -> ir.Table:
@@ -123,14 +136,15 @@ class Engine:
         try:
             yield
         except AtollError:
-            if late.is_set():
-                raise SchemaError(
-                    "source.timeout", f"reading the table took longer than {seconds:g} s", field="timeout_s",
-                    remedy="raise the source's timeout_s, or read a smaller table or a faster view",
-                ) from None  # fmt: skip
-            raise
+            if not late.is_set():
+                raise
         finally:
             timer.cancel()
+        if late.is_set():  # also where nothing ran in here that could be interrupted
+            raise SchemaError(
+                "source.timeout", f"reading the table took longer than {seconds:g} s", field="timeout_s",
+                remedy="raise the source's timeout_s, or read a smaller table or a faster view",
+            )  # fmt: skip
 
     def _name(self) -> str:
         self._tables += 1

@@ -27,17 +27,18 @@ HELD = "__held"
 
 @dataclass(frozen=True)
 class Frame:
-    """*table* holds the columns of *schema* that are not ignored, and ROW (perhaps HELD). In the engine,
+    """*table* holds the columns of *schema* that are not ignored, and ROW (perhaps ID and HELD). In the engine,
     numbers are float64, text is string, dates are date, datetimes are timestamp (UTC), images are
-    binary, and missing is NULL. dropped: rows left out so far, by reason. ordered: does the engine
-    deliver rows by ROW without sorting? A step that groups, joins or sorts says no. units: in which the
-    source has columns, where they are not the schema's (only until the contract is checked).
+    binary, and missing is NULL. dropped: rows left out so far, by reason. achieved: "k" and "l" of its
+    anonymity. ordered: does the engine deliver rows by ROW without sorting? A step that groups, joins or
+    sorts says no. units: those that the source declares for its columns.
     """
 
     engine: Engine
     table: ir.Table
     schema: TableSchema
     dropped: Mapping[str, int] = field(default_factory=dict)
+    achieved: Mapping[str, int] = field(default_factory=dict)
     ordered: bool = True
     units: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,7 +89,7 @@ class Frame:
         ids = np.asarray(columns[ID]).view(np.uint64) if ID in marks else None
         if isinstance(columns, dict):
             columns = {name: columns[name] for name in names}
-        return Table(self.schema, columns, held, dict(self.dropped), ids)
+        return Table(self.schema, columns, held, dict(self.dropped), ids, dict(self.achieved))
 
     @staticmethod
     def of(table: Table, engine: Engine) -> Frame:
@@ -98,7 +99,7 @@ class Frame:
         data[ID] = pa.array(table.ids.view(np.int64))
         if table.held_out is not None:
             data[HELD] = pa.array(table.held_out)
-        return Frame(engine, engine.load(pa.table(data)), table.schema, dict(table.dropped))
+        return Frame(engine, engine.load(pa.table(data)), table.schema, dict(table.dropped), dict(table.achieved))
 
 
 def _arrow(column: Any) -> pa.Array:

@@ -49,6 +49,11 @@ def draft(cells: ir.Table, engine: Engine, name: str) -> str:
     rows = int(engine.row(plain.aggregate(n=plain.count()))["n"])
     if rows == 0:
         raise SchemaError("source.empty", "the table has no rows", field="path", remedy="check the site's source")
+    if rows < RARE:
+        raise SchemaError(
+            "profile.too-few-rows", f"a table of fewer than {RARE} rows would show single cells in its draft",
+            field="path", remedy="write the schema by hand",
+        )  # fmt: skip
     distinct = plain.distinct()
     repeated = rows - int(engine.row(distinct.aggregate(n=distinct.count()))["n"])
     drafts = {column: _column(column, plain.select(cell=plain[column]), rows, engine) for column in names}
@@ -102,7 +107,7 @@ def _column(name: str, one: ir.Table, rows: int, engine: Engine) -> _Draft:
         return _Draft({"dtype": "text", "role": "ignore"}, ["Every cell is missing."])
     column: dict[str, Any]
     timely = found["times"] == there and not found["numbers"]
-    unique = found["about"] > 0.9 * there and _distinct(known, engine) == rows
+    unique = found["about"] > 0.5 * there and _distinct(known, engine) == rows
     if _IDENTIFIER.search(name) and not timely:
         if unique:
             return _Draft({"dtype": "text", "role": "entity"}, ["Named like an id, and every row has its own."])
@@ -232,7 +237,7 @@ def _text(one: ir.Table, found: Mapping[str, Any], unique: bool, notes: list[str
         notes.append(f"Dates written as {' and '.join(formats)}: parse them in the recipe, then dtype: date.")
     elif 2 * found["numbers"] > there:
         notes.append("Mostly numbers, but not all: clean the others in the recipe, then dtype: real and a range.")
-    elif unique or (found["about"] > 0.9 * there and there > MAX_CODES):
+    elif unique or (found["about"] > 0.5 * there and there > MAX_CODES):
         notes.append("Nearly every cell is different: an identifier or free text. Used only if a study needs it.")
         return {"dtype": "text", "role": "ignore"}
     if found["about"] > 2 * MAX_CODES:

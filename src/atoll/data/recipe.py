@@ -35,9 +35,23 @@ class Prepared:
         """The number of the first step that waits for statistics (or of steps, if none does)."""
         return min((number for number, step in enumerate(self.steps) if step.needs()), default=len(self.steps))
 
+    @property
+    def anonymises(self) -> bool:
+        """Does a step make the table anonymous?"""
+        return any(step.step == "anonymise" for step in self.steps)
+
     def drops(self) -> tuple[str, ...]:
         """The reasons for which rows may be left out, in order, each once."""
         return tuple(dict.fromkeys(reason for step in [*self.clean, *self.steps] for reason in step.drops()))
+
+    def reads(self) -> tuple[str, ...] | None:
+        """Columns of the source, besides the contract's, that cleaning uses; None: all."""
+        names: list[str] = []
+        for step in self.clean:
+            if (more := step.reads()) is None:
+                return None
+            names += more
+        return tuple(dict.fromkeys(names))
 
     def stages(self) -> list[list[int]]:
         """Step numbers by stage: all statistics of one stage are fetched before it is fitted."""

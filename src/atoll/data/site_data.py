@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,18 @@ class SiteData:
         if isinstance(base, Frame) and HELD not in base.table.columns and plan.run.holdout > 0:
             held = hold_out(_labels(base, plan), base.rows(), plan.run.holdout, plan.run.seed, site)
             table = base.engine.beside(base.table, pa.table({HELD: held}))
-            self._base = Frame(base.engine, table, base.schema, base.dropped)
+            self._base = replace(base, table=table)
             base.engine.forget_all_but(table)
         elif isinstance(base, Table) and base.held_out is None:
             held = hold_out(_labels(base, plan), len(base), plan.run.holdout, plan.run.seed, site)
-            self._base = Table(base.schema, base.columns, held, base.dropped)
+            self._base = replace(base, held_out=held)
 
     @staticmethod
     def read(spec: SourceSpec, plan: Plan, base: Path, site: str, scratch: Path | None = None) -> SiteData:
         """From the site's own source. Raises SchemaError listing every way in which the table breaks the
         contract; messages name columns and count cells, and never show a cell."""
         prepared = Prepared(plan.recipe)
-        frame = prepared.cleaned(open_source(spec, plan.table, base, Engine(scratch)))
+        frame = prepared.cleaned(open_source(spec, plan.table, base, Engine(scratch), prepared.reads()))
         frame = prepared.prepare(checked(known_columns(frame, spec)), {}).keep()
         frame.engine.forget_all_but(frame.table)
         return SiteData(frame, plan, prepared, site)

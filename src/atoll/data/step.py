@@ -47,6 +47,11 @@ class Step(BaseModel):
     step: str
     cleans: ClassVar[bool] = False
 
+    def reads(self) -> tuple[str, ...] | None:
+        """Columns of the source, besides the contract's, that a cleaning step uses where they are there; None: it
+        looks at them all."""
+        return ()
+
     def needs(self) -> tuple[Need, ...]:
         """What ``fit`` wants (() for none)."""
         return ()
@@ -105,7 +110,7 @@ def numeric_of(schema: TableSchema, name: str) -> Column:
 
 def free_name(schema: TableSchema, name: str, *replaced: str) -> str:
     """*name*, if no column other than *replaced* is called so; raises PlanError."""
-    if name in schema.columns and name not in replaced:
+    if name.startswith("__") or (name in schema.columns and name not in replaced):
         raise PlanError(
             "recipe.column-exists", f"there is a column {name!r} already", field=name,
             remedy="choose another name for into",

@@ -21,13 +21,15 @@ from atoll.data.sketch import Sketch, sketch
 @dataclass(frozen=True)
 class Table:
     """Columns of equal length, as :mod:`atoll.data.columns` says; *held_out* marks rows kept for
-    evaluation, [num_rows]; *dropped* counts the rows that preparation left out, by reason."""
+    evaluation, [num_rows]; *dropped* counts the rows that preparation left out, by reason; *achieved* are
+    the k and l of its anonymity."""
 
     schema: TableSchema
     columns: Mapping[str, NDArray[Any]]
     held_out: NDArray[np.bool_] | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     marked: NDArray[np.uint64] | None = None
+    achieved: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def ids(self) -> NDArray[np.uint64]:
@@ -97,7 +99,8 @@ class Table:
             columns = {name: column[mask] for name, column in self.columns.items()}
         else:
             columns = Selected(self.columns, mask)
-        return Table(self.schema, columns, held_out, self.dropped, None if self.marked is None else self.marked[mask])
+        marked = None if self.marked is None else self.marked[mask]
+        return Table(self.schema, columns, held_out, self.dropped, marked, self.achieved)
 
     def parts(self) -> tuple[Table, Table]:
         """(training rows, held-out rows)."""

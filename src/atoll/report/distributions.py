@@ -199,4 +199,21 @@ def rows_left_out(result: Input) -> list[Child]:
     said = f"{told(kept)} rows were kept and {some}{whole(sum(known))} left out."
     few = f"{WITHHELD}: fewer than may be told"
     rows = [[reason, few if n is None else whole(n)] for reason, n in dropped.items()]
-    return [text(said), table("Rows left out, by reason", ["Reason", "Rows"], rows)]
+    return [
+        text(said),
+        _anonymity(part(found, "achieved")),
+        table("Rows left out, by reason", ["Reason", "Rows"], rows),
+    ]
+
+
+def _anonymity(achieved: Input) -> Child:
+    """What k and l every site achieves, in words."""
+    k, diverse = real(achieved.get("k")), real(achieved.get("l"))
+    if k is None:
+        return None
+    said = (
+        f"At every site each row is equal to at least {whole(k - 1)} others in its quasi-identifiers (k = {whole(k)})"
+    )
+    return text(
+        said if diverse is None else f"{said}, among which the sensitive column has {whole(diverse)} values", "."
+    )

@@ -318,6 +318,16 @@ class Journal:
         with self.transaction():
             self._db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (name, value))
 
+    def pin_view(self, run: str, view: Mapping[str, Json]) -> None:
+        """What was fitted is the same throughout a run: two views that differ a little could be subtracted.
+        Raises ProtocolError."""
+        name = f"view {run}"
+        pinned: dict[str, Json] = json.loads(self.setting(name) or "{}")
+        if any(pinned.get(step, fitted) != fitted for step, fitted in view.items()):
+            raise ProtocolError("task.view", "a step was fitted otherwise before in the run", field="view")
+        if view.keys() - pinned.keys():
+            self.set_setting(name, to_json({**pinned, **view}).decode())
+
     def close(self) -> None:
         """Close the file."""
         with self._lock:

@@ -1,15 +1,15 @@
 """What a site remembers of exact queries, so that two of them cannot be subtracted.
 
-The same query (data set, program, version, handler, parameters, arrays) over rows that differ
-by fewer than k people tells their values: the difference of the two answers. So the journal
-keeps, with every exact release, what was asked and a *sketch* of the rows it was asked of,
-and refuses a query that was asked before over rows that differ by 1 … k − 1.
+The same question (data set, program, handler) about rows that differ by fewer than k people
+tells their values: the difference of the two answers. So the journal keeps, with every exact
+release, what was asked and a *sketch* of the rows it was asked of, and refuses a question that
+was asked before about rows that differ by 1 … k − 1.
 
 Under a protection that hides a site's share, the cohort is remembered too: the same rows asked of
 a cohort that has one site more or less would tell that site's share.
 
-What this does not stop: a query that is put in another way, and iterations that are near-repeats.
-Both are what differential privacy is for.
+What this does not stop: another program that tells the same, cells that a recipe changes where rows
+stay who they are, and iterations that are near-repeats. All are what differential privacy is for.
 """
 
 from __future__ import annotations
@@ -24,21 +24,18 @@ from atoll.contract.wire import Json, Message, body_parts, canonical_json
 from atoll.data.sketch import Sketch
 
 
+def query_key(dataset: str, message: Message) -> str:
+    """What makes two queries alike: data set, program and handler (hex). Not the parameters, of which some
+    change no number, nor the recipe: the same question about other rows is what is looked for."""
+    asked = {"dataset": dataset, **{name: message.meta[name] for name in ("program", "name")}}
+    return hashlib.sha256(b"atoll query 1\0" + canonical_json(asked)).hexdigest()
+
+
 def question_digest(message: Message) -> str:
     """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent arrays."""
-    return _digest("question", message, {name: message.meta[name] for name in ("params", "view", "fields")})
-
-
-def query_key(dataset: str, message: Message) -> str:
-    """What makes two queries the same: data set, program, version, handler, parameters and sent arrays (hex).
-    Not the recipe: the same query over other rows is what is looked for."""
-    asked = {name: message.meta[name] for name in ("program", "version", "name", "params")}
-    return _digest("query", message, {"dataset": dataset, **asked})
-
-
-def _digest(what: str, message: Message, asked: Json) -> str:
+    asked: Json = {name: message.meta[name] for name in ("params", "view", "fields")}
     specs, parts = body_parts(message.arrays)
-    digest = hashlib.sha256(f"atoll {what} 1\0".encode() + canonical_json([asked, specs]))
+    digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
     for part in parts:
         digest.update(part)
     return digest.hexdigest()

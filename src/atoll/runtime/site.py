@@ -215,10 +215,12 @@ class Site:
         if sum(declared.size_bytes for declared in fields.values()) > self._policy.max_message_bytes:
             raise too_large()
         before = dict(state)
+        if meta["view"]:
+            self._journal.pin_view(task.run, meta["view"])
 
         def tell(done: float, total: float) -> None:
             _must_be_running(self._journal.status(task.run))
-            progress({"done": done, "total": total})
+            progress({"done": round(done / max(total, 1), 2), "total": 1})  # not how many rows there are
 
         protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
         smallest = self._policy.min_group_size if protection.reveals else 1

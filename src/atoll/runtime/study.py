@@ -7,16 +7,19 @@ site's held-out rows by the ordinary evaluation program.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from atoll.contract.capabilities import conflicts
 from atoll.contract.errors import AtollError, PlanError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, relay
 from atoll.contract.protection import find
-from atoll.contract.rounds import Checkpoint, Round, Steps
+from atoll.contract.rounds import Checkpoint, Gathered, Round, Steps, Sum, Summed
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json, canonical_json
 from atoll.data.recipe import Prepared
@@ -97,7 +100,8 @@ def _asked(need: Need) -> Program:
 def _preparation(prepared: Prepared) -> Program | None:
     """The program that counts what preparation left out, if it may leave out rows."""
     reasons = prepared.drops()
-    return build("statistics.preparation", {"reasons": list(reasons)}) if reasons else None
+    asked = {"reasons": list(reasons), "anonymity": prepared.anonymises}
+    return build("statistics.preparation", asked) if reasons else None
 
 
 def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | None:
@@ -112,9 +116,33 @@ def _said(program: Program) -> tuple[str, bytes]:
     return program.name, canonical_json(program.params.model_dump(mode="json"))
 
 
+def _led_to(program: Program, schema: TableSchema) -> set[tuple[str, bytes]]:
+    """The programs, with their parameters, whose rounds *program* comes to ask: found by running it on sums of zero.
+
+    What it calls must not depend on the data; else sites refuse it, and say so.
+    """
+    found: set[tuple[str, bytes]] = set()
+    steps, value = program.coordinate(Cohort(("a", "b", "c"), schema)), None
+    with np.errstate(all="ignore"), contextlib.suppress(StopIteration, AtollError, *UNDEFINED):
+        for _ in range(DRY_ROUNDS):
+            item: Any = steps.send(value)
+            value = None
+            if isinstance(item, Round):
+                found.add((item.program, canonical_json(item.params)))
+                zeros = {n: np.zeros([size or 0 for size in f.shape], f.dtype) for n, f in item.reply.items()}
+                value = Summed(zeros, ("a", "b", "c")) if isinstance(item.reduce, Sum) else Gathered({})
+    steps.close()
+    return found
+
+
+DRY_ROUNDS = 64
+UNDEFINED = (ArithmeticError, ValueError, IndexError)
+"""What a program may come to when there is nobody at all."""
+
+
 class Permitted:
-    """What a site that approved *plan* answers: the plan's own program, the programs it declares that
-    it calls, and what preparation and evaluation ask; each with the parameters the plan gives it."""
+    """What a site that approved *plan* answers: the plan's own program, the programs that it comes to call,
+    and what preparation and evaluation ask; each with the parameters the plan gives it."""
 
     def __init__(self, plan: Plan) -> None:
         program, prepared = check_plan(plan), Prepared(plan.recipe)
@@ -127,11 +155,13 @@ class Permitted:
         ]
         asked += [_asked(need) for stage in prepared.stages() for need in prepared.needs(stage)]
         self._asked = {_said(one) for one in asked if one is not None}
-        self._calls = program.calls.union(*(part.calls for part in asked if part is not None))
+        for one in asked:
+            if one is not None and one.calls:
+                self._asked |= _led_to(one, schema)
 
     def check(self, program: Program) -> None:
         """Raise PolicyError unless the plan leads to *program* with its parameters."""
-        if program.name not in self._calls and _said(program) not in self._asked:
+        if _said(program) not in self._asked:
             raise PolicyError(
                 "policy.not-in-plan",
                 f"{program.name} with these parameters is not part of the approved plan",

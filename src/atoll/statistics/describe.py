@@ -68,8 +68,9 @@ class Describe:
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"columns": {name: {...}}, "rows": total rows}; low, high and the histogram between
-        them are NaN and empty for columns with fewer than 2 · tail_rows values. A bin that is withheld is None,
-        and of a column that is withheld at any site all is NaN, and "withheld" is True."""
+        them are NaN and empty for columns with fewer than 2 · tail_rows values. A bin that is withheld is None, and
+        count and missing are NaN where too few cells are missing; of a column that is withheld at any site all
+        is NaN, and "withheld" is True."""
         names, rows = self._names(cohort.schema), cohort.schema.max_rows
         low, high = _grid(cohort.schema, names)
         size, middle, half = len(names), (low + high) / 2, (high - low) / 2
@@ -91,38 +92,47 @@ class Describe:
             fields |= {"s1": real(size, bound=2 * rows, step=1e-9), "s2": real(size, bound=4 * rows, step=1e-9)}
             spread = yield Round("spread", Sum(), fields, {"center": center})
             gone |= VALUES.hidden(spread, cohort.min_group_size)
-            _, variance = _moments(spread, center, half)
+            mean, variance = _moments(spread, center, half)
         columns = {}
         for i, name in enumerate(names):
             n, hidden = int(counts[i]), total["hidden"][i] > 0
-            described = self._tails(n, float(low[i]), float(high[i]), total["histogram"][i], hidden, cohort)
+            missing = 0 if gone[i] else all_rows - n
+            few = 0 < missing < cohort.min_group_size
+            described = self._tails(
+                n, float(low[i]), float(high[i]), total["histogram"][i], hidden, missing if few else 0, cohort
+            )
             moments = {"mean": float(mean[i]), "variance": float(variance[i]), "std": math.sqrt(variance[i])}
             counted: dict[str, Any] = {"rows": all_rows, "count": n, "missing": all_rows - n}
+            if gone[i] or few:
+                counted |= {"count": math.nan, "missing": math.nan}
             if gone[i]:
-                counted |= {"count": math.nan, "missing": math.nan, "withheld": True}
+                counted["withheld"] = True
                 moments = dict.fromkeys(moments, math.nan)
             columns[name] = {**counted, **moments, **described}
         return {"columns": columns, "rows": all_rows}
 
     def _tails(
-        self, n: int, low: float, high: float, histogram: Array, hidden: NDArray[np.bool_], cohort: Cohort
+        self, n: int, low: float, high: float, histogram: Array, hidden: NDArray[np.bool_], few: int, cohort: Cohort
     ) -> dict[str, Any]:
+        """The histogram between its tails. few: missing cells, where they are so few that bins must not tell them."""
         edges = np.linspace(low, high, self.params.bins + 1)
         bins, tail = histogram.copy(), self.params.tail_rows
-        enough = n >= 2 * tail  # with fewer, the two tails would overlap, and their ends show single rows
+        enough = (
+            min(n, bins.sum()) >= 2 * tail
+        )  # with fewer, the two tails would overlap, and their ends show single rows
         first = int(np.searchsorted(np.cumsum(bins), tail)) if enough else 0
         end = len(bins) - int(np.searchsorted(np.cumsum(bins[::-1]), tail)) if enough else 0
         if enough:
             below, above = bins[:first].sum(), bins[end:].sum()
             bins[first] += below
             bins[end - 1] += above
-        shown, hidden = bins[first:end], hidden[first:end]
-        hidden = suppress(shown, hidden, cohort.min_group_size, (0,))
+        shown = np.append(bins[first:end], few)
+        hidden = suppress(shown, np.append(hidden[first:end], False), cohort.min_group_size, (0,))[:-1]
         return {
             "low": float(edges[first]) if enough else math.nan,
             "high": float(edges[end]) if enough else math.nan,
             "edges": edges[first : end + 1].tolist() if enough else [],
-            "histogram": [None if gone else int(rows) for rows, gone in zip(shown, hidden, strict=True)],
+            "histogram": [None if gone else int(rows) for rows, gone in zip(shown[:-1], hidden, strict=True)],
         }
 
     @handler("moments", groups=("rows",), cells=(VALUES, BINS))

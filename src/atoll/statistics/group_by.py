@@ -105,7 +105,7 @@ class GroupBy:
             if None in key and not found.rows[g] and not found.rows_hidden[g]:
                 continue
             n = None if found.rows_hidden[g] else int(found.rows[g])
-            columns = {name: _reported(found, g, c) for c, name in enumerate(found.columns)}
+            columns = {name: _reported(found, g, c, cohort.min_group_size) for c, name in enumerate(found.columns)}
             groups.append({"key": list(key), "count": n, "columns": columns})
         notes = []
         if hidden := sum(group["count"] is None for group in groups):
@@ -136,7 +136,7 @@ class GroupBy:
             total = yield Round("moments", Sum(), fields, {"center": np.ascontiguousarray(center)}, sites=sites)
             sites, counts = total.sites, total["count"]
             rows_hidden = GROUPS.hidden(total, cohort.min_group_size)
-            left = {"withheld": total["withheld"], "count": np.where(rows_hidden[..., None], 0, counts)}
+            left = {"withheld": total["withheld"] | rows_hidden[..., None], "count": counts}
             hidden = VALUES.hidden(left, cohort.min_group_size) | rows_hidden[..., None]
             n = np.maximum(counts, 1)
             offset, square = half * total["s1"] / n, half**2 * total["s2"] / n
@@ -216,15 +216,17 @@ def add_largest(known: Floats, more: Floats) -> None:
     known[:, :TOP] = np.sort(both, axis=1)[:, : -TOP - 1 : -1]
 
 
-def _reported(found: GroupMoments, group: int, column: int) -> dict[str, Any]:
+def _reported(found: GroupMoments, group: int, column: int, smallest: int) -> dict[str, Any]:
+    """Count and sum are left out where they would tell that too few of the group's rows have no value."""
     n = int(found.count[group, column])
+    few = 0 < found.rows[group] - n < smallest and not found.rows_hidden[group]
     if found.hidden[group, column]:
         return dict.fromkeys(("count", "sum", "mean", "variance", "std"))
     center, offset = float(found.center[group, column]), float(found.offset[group, column])
     variance = float(found.variance[group, column]) if n > 1 else None
     return {
-        "count": n,
-        "sum": n * (center + offset) if n else 0.0,
+        "count": None if few else n,
+        "sum": None if few else n * (center + offset) if n else 0.0,
         "mean": center + offset if n else None,
         "variance": variance,
         "std": None if variance is None else math.sqrt(variance),

@@ -14,6 +14,7 @@ from atoll.contract.plan import Recipe
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.disclosure import achieved_k, achieved_l, classes
 from atoll.data.recipe import Prepared
+from atoll.data.site_data import SiteData
 
 NAN = float("nan")
 COLUMNS: dict[str, Any] = {
@@ -123,3 +124,30 @@ def test_recipes_that_cannot_work_are_refused_without_data(step: Any, code: str)
     with pytest.raises(PlanError) as caught:
         Prepared(Recipe(steps=({"step": "anonymise", **step},))).schema(schema)
     assert caught.value.code == code
+
+
+def test_a_federation_is_told_the_k_and_l_that_all_its_sites_achieve(federation: Any) -> None:
+    random = np.random.default_rng(2)
+    columns = {
+        "age": {"dtype": "integer", "range": [0, 100]},
+        "sex": {"dtype": "integer", "values": [0, 1]},
+        "ill": {"dtype": "integer", "values": [0, 1, 2]},
+    }
+    tables = {
+        name: federation.table(
+            {"age": random.integers(20, 90, n), "sex": random.integers(0, 2, n), "ill": random.integers(0, 3, n)},
+            columns,
+        )
+        for name, n in (("a", 300), ("b", 90), ("c", 40))
+    }
+    step = {"step": "anonymise", "columns": ["age", "sex"], "k": 6, "sensitive": "ill", "l": 2}
+    plan = federation.plan("statistics.describe", {}, tables, recipe={"steps": [step]}, run={"holdout": 0.2})
+    outcome = federation.run(plan, tables)
+    ks, ls = [], []
+    for name, table in tables.items():
+        whole = SiteData.of(table, plan, name).base()
+        quasi = {column: whole[column] for column in ("age", "sex")}
+        ks.append(achieved_k(quasi))
+        ls.append(achieved_l(quasi, whole["ill"]))
+    assert outcome["preparation"]["achieved"] == {"k": min(ks), "l": min(ls)}
+    assert min(ks) >= 6 and min(ls) >= 2

@@ -253,3 +253,18 @@ def test_a_whole_federation(sites: Any, federation: Any) -> None:
     described = federation.run(plan, tables)["result"]["columns"]
     assert described["ward"]["count"] == 420
     assert described["ward"]["mean"] == pytest.approx(pooled(tables)["y"].mean(), abs=0.01)
+
+
+@pytest.mark.parametrize("high", [250, 251])
+def test_values_that_tie_with_a_quantile_are_in_the_bin_above_its_edge(federation: Any, high: int) -> None:
+    """Whatever the schema's range, and so the grid on which the quantile is found."""
+    random = np.random.default_rng(3)
+    values = {name: random.choice([110.0, 120, 130, 140, 150], n) for name, n in (("a", 300), ("b", 500))}
+    tables = {name: federation.table({"bp": v}, {"bp": {"range": [60, high]}}) for name, v in values.items()}
+    recipe = {"steps": [{"step": "bins", "column": "bp", "quantiles": 4}]}
+    plan = federation.plan("statistics.frequency", {}, tables, recipe=recipe)
+    counts = federation.run(plan, tables)["result"]["frequency"]["columns"]["bp"]["counts"]
+    pooled = np.concatenate(list(values.values()))
+    edges = np.unique(np.quantile(pooled, [0.25, 0.5, 0.75], method="inverted_cdf"))
+    wanted = np.bincount(np.searchsorted(edges, pooled, side="right"), minlength=4)
+    assert counts == wanted.tolist()

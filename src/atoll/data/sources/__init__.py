@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import ibis
 import ibis.expr.types as ir
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
@@ -60,6 +60,7 @@ class SourceSpec(BaseModel):
     units: Mapping[str, str] = Field(default_factory=dict)
     extra: Literal["", "refuse", "ignore"] = ""
     timeout_s: float | None = Field(default=None, gt=0)
+    _reads: tuple[str, ...] | None = PrivateAttr(())  # what the recipe adds to the contract's columns: see `wanted`
 
 
 Opener = Callable[[SourceSpec, Path, TableSchema | None, Engine], ir.Table]
@@ -85,9 +86,14 @@ def source(name: str, *endings: str) -> Callable[[Opener], Opener]:
     return register
 
 
-def open_source(spec: SourceSpec, schema: TableSchema, base: Path, engine: Engine) -> Frame:
+def open_source(
+    spec: SourceSpec, schema: TableSchema, base: Path, engine: Engine, reads: tuple[str, ...] | None = ()
+) -> Frame:
     """The table at *spec* in the engine, with the contract's names, before any cleaning: text is trimmed, and
-    cells that mean "missing" are NULL. Raises SchemaError naming the file and the remedy."""
+    cells that mean "missing" are NULL. reads: columns that a database is asked for besides the contract's, under
+    the contract's names or its own; None: all. Raises SchemaError naming the file and the remedy."""
+    spec = spec.model_copy()
+    spec._reads = reads
     return Frame(engine, open_cells(spec, schema, base, engine), schema, units=spec.units)
 
 
@@ -132,9 +138,12 @@ def known_columns(frame: Frame, spec: SourceSpec) -> Frame:
 
 
 def wanted(spec: SourceSpec, schema: TableSchema | None, there: list[str]) -> list[str]:
-    """Of the columns *there* in a database's table, those that the contract knows; all of a query's."""
-    known = {spec.columns.get(name, name) for name in (schema.columns if schema is not None else ())}
-    return there if spec.query else [name for name in there if name in known] or there
+    """Of the columns *there* in a database's table, those that the contract knows or cleaning reads; all of a
+    query's, and all where cleaning looks at every name."""
+    if spec.query or spec._reads is None:
+        return there
+    known = {spec.columns.get(name, name) for name in (*(schema.columns if schema is not None else ()), *spec._reads)}
+    return [name for name in there if name in known] or there
 
 
 def named(header: list[str]) -> list[str]:

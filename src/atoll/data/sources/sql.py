@@ -1,7 +1,8 @@
 """Databases by URL: a table or a query is delivered into the site's engine, as Arrow batches.
 
 Here are what all of them share, and those that only Ibis knows; PostgreSQL, SQLite and DuckDB files have
-files of their own. Only the columns that the contract knows are asked for, in a transaction that reads.
+files of their own. Only the columns that the contract knows, or the recipe's cleaning needs, are asked for, in a
+transaction that reads.
 No message holds an engine's own words: they quote cells, addresses and passwords.
 """
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from atoll.contract.schema import Column, TableSchema
-from atoll.data.disclosure import classes
+from atoll.data.disclosure import achieved_k, achieved_l, classes
 from atoll.data.frame import Frame
 from atoll.data.step import Fitted, Step, numeric_of, step
 from atoll.data.steps.cells import Names
@@ -89,7 +89,10 @@ class Anonymise(Step):
         kinds = {n: pa.float64() if after.columns[n].numeric else pa.string() for n in self.columns}
         data = {f"__{name}": pa.array(made[name], kinds[name]) for name in self.columns}
         table = frame.engine.beside(frame.table, pa.table({**data, "__kept": pa.array(kept)}))
-        frame = dataclasses.replace(frame, table=table).where(table["__kept"], REASON)
+        achieved = {"k": achieved_k({name: column[kept] for name, column in made.items()})}
+        if secret is not None:
+            achieved["l"] = achieved_l({name: column[kept] for name, column in made.items()}, secret[kept])
+        frame = dataclasses.replace(frame, table=table, achieved=achieved).where(table["__kept"], REASON)
         return frame.replace({name: frame[f"__{name}"] for name in self.columns}, after)
 
     def _places(self, frame: Frame, name: str) -> tuple[Floats, float]:

@@ -46,7 +46,11 @@ class Bins(Step):
     def fit(self, found: Found) -> Fitted:
         if self.edges:
             return {}
-        return {"edges": sorted(set(quantiles(found[self.needs()[0]], (self.column,))[self.column]))}
+        result = found[self.needs()[0]]
+        values = quantiles(result, (self.column,))[self.column]
+        # the lower ends of their brackets: the quantile's own value, and all that tie with it, are above its edge
+        errors = result["quantiles"]["columns"][self.column]["errors"]
+        return {"edges": sorted({value - error for value, error in zip(values, errors, strict=True)})}
 
     def after(self, schema: TableSchema) -> TableSchema:
         source, into = numeric_of(schema, self.column), self.into or self.column

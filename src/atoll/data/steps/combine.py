@@ -25,6 +25,9 @@ class Combine(Step):
     into: str
     template: str = Field(pattern=r"\{[^{}]+\}")
 
+    def reads(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_PART.findall(self.template)))
+
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         used = _PART.findall(self.template)
         pieces: Sequence[object] = [

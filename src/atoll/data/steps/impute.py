@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, Self
 
@@ -78,8 +79,8 @@ class Impute(Step):
     def _filling(self, result: Any, name: str) -> Any:
         if self.method == "mean":
             described = result["columns"][name]
-            known = (described["count"] or 0) > 0 and described["mean"] is not None
-            return float(described["mean"]) if known else None
+            mean = described["mean"]
+            return None if mean is None or math.isnan(mean) else float(mean)
         if self.method == "median":
             return result["quantiles"]["columns"][name]["values"][0]
         codes = result["frequency"]["columns"][name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -40,6 +41,11 @@ class Rename(Step):
     def _key(self, name: str) -> str:
         return _folded(name) if self.match == "loose" else name
 
+    def reads(self) -> tuple[str, ...] | None:
+        if self.match == "loose":  # which names fold to one is known when they are seen
+            return None
+        return tuple(alias for aliases in self.columns.values() for alias in aliases)
+
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         listed = {**(dict.fromkeys(frame.schema.columns, ()) if self.match == "loose" else {}), **self.columns}
         new = {}
@@ -53,6 +59,4 @@ class Rename(Step):
                 )  # fmt: skip
             if found and found[0] != name:
                 new[name] = found[0]
-        return Frame(
-            frame.engine, frame.table.rename(new), frame.schema, frame.dropped, frame.ordered, units=frame.units
-        )
+        return replace(frame, table=frame.table.rename(new))

@@ -7,6 +7,10 @@ from typing import Annotated, Any
 
 import ibis
 import ibis.expr.datatypes as dt
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from atoll.contract.errors import PlanError
@@ -14,6 +18,7 @@ from atoll.contract.schema import TableSchema
 from atoll.data.frame import HELD, ROW, Frame
 from atoll.data.step import column_of
 
+Places = NDArray[np.int64]
 _SECONDS = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
 
 
@@ -103,6 +108,36 @@ def rows_before(frame: Frame, on: str, by: tuple[str, ...], first: int | None, l
 def time_before(frame: Frame, on: str, by: tuple[str, ...], first: int, last: int) -> Any:
     """The window from *first* to *last* microseconds before a row of its stream, both included."""
     return ibis.range_window(group_by=stream_keys(frame, on, by), order_by=clock(frame[on]), preceding=(first, last))
+
+
+def in_order(frame: Frame, on: str, by: tuple[str, ...]) -> tuple[Places, Places, Places]:
+    """The rows that have a time, stream by stream and each in order: (their place in the table, the first row
+    of their stream, microseconds since the earliest), each [num_rows with a time]. *frame* must be kept."""
+    size = frame.engine.row(frame.table.aggregate(n=frame[on].count()))["n"]
+    kind = np.int32 if frame.rows() < 2**31 else np.int64
+    rows, start, times = np.empty(size, kind), np.empty(size, kind), np.empty(size, np.int64)
+    keys = {f"key{i}": frame[name] for i, name in enumerate(by)}
+    asked = frame.table.filter(frame[on].notnull()).select(row=frame[ROW], time=clock(frame[on]), **keys)
+    done, stream, last = 0, 0, None
+    for batch in frame.engine.batches(asked.order_by(*keys, "time", "row")):
+        part = slice(done, done := done + batch.num_rows)
+        rows[part], times[part] = batch.column("row"), batch.column("time")
+        whole = pa.Table.from_batches([batch] if last is None else [last, batch]).combine_chunks()
+        new = np.zeros(batch.num_rows, bool)
+        for name in keys:
+            new[len(new) + 1 - len(whole) :] |= _changes(whole.column(name).chunk(0))
+        begins = np.where(new, np.arange(part.start, done), stream)
+        start[part] = np.maximum.accumulate(begins)
+        stream, last = int(start[done - 1]), batch.slice(batch.num_rows - 1)
+    times -= times.min(initial=np.iinfo(np.int64).max)
+    return rows, start, times
+
+
+def _changes(cells: pa.Array) -> NDArray[np.bool_]:
+    """Where a cell is not that before it, from the second on; missing equals missing."""
+    missing = np.asarray(cells.is_null().to_numpy(zero_copy_only=False))
+    differs = pc.not_equal(cells[1:], cells[:-1]).fill_null(False).to_numpy(zero_copy_only=False)
+    return np.asarray(differs | (missing[1:] != missing[:-1]))
 
 
 def not_held(frame: Frame) -> None:
