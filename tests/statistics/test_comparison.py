@@ -108,6 +108,25 @@ def test_small_tables_raise_no_flags(federation: Any, drive: Any, n: int) -> Non
     assert not any("c" in one.where.split(", ") for one in findings(found))
 
 
+@pytest.mark.parametrize("missing", [0, 1, 7])
+def test_no_total_tells_a_small_count_by_subtracting(federation: Any, drive: Any, missing: int) -> None:
+    columns = {name: COLUMNS[name] for name in ("glucose", "ward")}
+    ward = np.array(["north"] * 60 + ["south"] * 37 + ["west"] * 3, object)
+    ward[:missing] = None
+    glucose = np.where(np.arange(100) < missing, NAN, 6.0 + np.arange(100) / 50)
+    table = federation.table({"glucose": glucose, "ward": ward}, columns)
+    steps = build("statistics.comparison", {}).coordinate(Cohort(("a",), table.schema, 0, 5))
+    driven = drive(steps, {"a": table}, rule=Rule(5))
+    (reply,) = [replies["a"] for replies in driven.replies if "coded" in replies["a"]]
+    told = missing != 1
+    assert reply["cells"].tolist() == [[missing, 100 - missing] if told else [0, 0]] * 2
+    assert reply["coded"].tolist() == reply["cells"][1:].tolist()
+    assert reply["codes"][:, 1].tolist() == [[60 - missing, 0, 0] if told else [0, 0, 0]]
+    flags = driven.result["comparison"]["columns"]["ward"]
+    assert flags["missing"] == 0
+    assert (flags["shares"], flags["absent"]) == (0, 0)
+
+
 def test_a_site_compares_itself_with_one_set_of_shares(federation: Any, drive: Any) -> None:
     """Else the threshold could be moved until it tells a site's own share."""
     table = office(federation, 50, 1)

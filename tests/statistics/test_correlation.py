@@ -18,6 +18,7 @@ from atoll.contract.program import Cohort, build
 from atoll.contract.rounds import Task, TaskId
 from atoll.data.table import concatenate
 from atoll.runtime.policy import Policy
+from atoll.statistics.correlation import _most_of_pairs
 
 NAN = float("nan")
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -234,8 +235,74 @@ def test_pairs_of_which_a_difference_tells_a_few_rows_are_withheld(
     assert found["pairs_count"][0][1] is None
     assert found["matrix"][0][0] == 1
     assert "x-y" in found["notes"][-1]
-    if common == 27:  # the complete rows by themselves tell nothing
-        assert correlation(drive, tables, Rule(5), method=method, missing="listwise")["matrix"][0][1] is not None
+    if common == 27:
+        assert correlation(drive, tables, Rule(5), method=method, missing="listwise")["matrix"][0][1] is None
+
+
+@pytest.mark.parametrize("method", ["pearson", "spearman"])
+@pytest.mark.parametrize("reveals", [True, False])
+def test_complete_rows_are_not_told_beside_a_few_others(
+    federation: Any, drive: Any, method: str, reveals: bool
+) -> None:
+    """One has x and not y: the sum of all x, which other programs tell, less that of complete rows would be his."""
+    x, y = np.random.default_rng(8).uniform(0, 100, (2, 60))
+    y[0] = NAN
+    tables = {"a": pair(federation, x[:30], y[:30]), "b": pair(federation, x[30:], y[30:])}
+    made = build("statistics.correlation", {"missing": "listwise", "method": method})
+    steps = made.coordinate(Cohort(tuple(tables), tables["a"].schema, 0, 5))
+    driven = drive(steps, tables, rule=Rule(5 if reveals else 1))
+    found = driven.result["correlation"]
+    assert found["matrix"] == found["pairs_count"] == [[None, None], [None, None]]
+    assert found.get("mean", [None, None]) == [None, None]
+    assert "withheld" in found["notes"][0]
+    if reveals:
+        for replies in driven.replies:
+            assert not any(array.any() for name, array in replies["a"].items() if name != "left_out")
+    y[1:5] = NAN
+    tables["a"] = pair(federation, x[:30], y[:30])
+    assert correlation(drive, tables, Rule(5), missing="listwise", method=method)["pairs_count"][0][1] == 55
+
+
+def test_what_few_people_dominate_is_withheld_with_its_pairs(federation: Any, drive: Any) -> None:
+    random = np.random.default_rng(8)
+    percent, other, wide = random.uniform(0, 100, (3, 50))
+    wide[7] = 1e6
+    data = {"percent": percent, "loose": other, "wide": wide}
+    table = federation.table(data, {name: COLUMNS[name] for name in data})
+    rule, cohort = Rule(5, 1, 0.85), Cohort(("a",), table.schema, 0, 5)
+    driven = drive(build("statistics.correlation", {}).coordinate(cohort), {"a": table}, rule=rule)
+    found = driven.result["correlation"]
+    assert found["mean"] == pytest.approx([percent.mean(), other.mean(), None])
+    assert found["matrix"][0][1] == pytest.approx(np.corrcoef(percent, other)[0, 1], rel=1e-9)
+    assert (found["matrix"][2], found["matrix"][0][2], found["matrix"][1][2]) == ([None] * 3, None, None)
+    assert not driven.replies[0]["a"]["s1"][2]
+    sums = driven.replies[-1]["a"]["sums"]
+    assert not sums[2].any()
+    assert not sums[:, 2].any()
+    for asked in ("pca", "vif"):
+        told = drive(build(f"statistics.{asked}", {}).coordinate(cohort), {"a": table}, rule=rule).result[asked]
+        assert "wide" in told["notes"][0]
+        assert not (told["loadings"] if asked == "pca" else told["columns"]["loose"]["r_squared"])
+    ranked = correlation(drive, {"a": table}, rule, method="spearman")
+    assert ranked["matrix"][0][2] is not None
+
+
+def test_a_column_may_be_dominated_in_a_pairs_rows_only(federation: Any, drive: Any) -> None:
+    x, y = np.random.default_rng(8).uniform(1, 2, (2, 50))
+    x[:10], x[10], y[:10] = 90, 95, NAN
+    table = pair(federation, x, y)
+    assert correlation(drive, {"a": table}, Rule(5, 1, 0.5))["matrix"] == [[1, None], [None, 1]]
+    assert correlation(drive, {"a": table}, Rule(5, 1, 0.7))["matrix"][0][1] is not None
+
+
+@pytest.mark.parametrize("near", [3, 64, 500])
+def test_each_pairs_largest_are_found(near: int) -> None:
+    random = np.random.default_rng(3)
+    sizes, known = random.gamma(1, 1, (3, 400)), random.random((400, 3)) < [1, 0.7, 0.01]
+    sizes = np.where(known.T, sizes, 0)
+    found = np.sort(_most_of_pairs(sizes, known, near).reshape(3, 3, -1)[..., :3], axis=-1)
+    for i, j in np.ndindex(3, 3):
+        assert found[i, j].tolist() == np.sort(sizes[i] * known[:, j])[-3:].tolist()
 
 
 def test_a_site_with_few_complete_rows_is_refused(federation: Any) -> None:

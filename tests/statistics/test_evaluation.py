@@ -145,6 +145,10 @@ def test_a_site_that_does_not_share_its_metrics_is_absent_and_nothing_else_chang
     for part in ("pooled", "curves"):
         assert withheld["evaluation"][part] == shared["evaluation"][part]
     assert withheld["result"]["table"] == shared["result"]["table"]
+    assert {"rows", "auc"} <= set(shared["evaluation"]["own"]["b"])
+    few = federation.run(plan, tables, {"b": Policy.sandbox().model_copy(update={"share": ("metrics",)})})
+    assert set(shared["evaluation"]["own"]["b"]) - set(few["evaluation"]["own"]["b"]) == {"rows"}
+    federation.run(plan, tables, {"b": Policy.sandbox().model_copy(update={"share": ()})})
     own = [body for body in federation.releases() if body["handler"] == "own"]
     assert [body["site"] for body in own] == ["a", "c"]
     nobody = dict.fromkeys(tables, Policy.sandbox().model_copy(update={"share": ()}))

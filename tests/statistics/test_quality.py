@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -155,16 +156,58 @@ def test_small_counts_are_withheld_and_said_to_be(federation: Any, drive: Any) -
     columns = {name: COLUMNS[name] for name in ("age", "sick")}
     result, driven = quality(drive, {"a": federation.table({"age": age, "sick": sick}, columns)}, 5, own=False)
     reply = driven.replies[-1]["a"]
-    assert (reply["missing"][0], reply["missing_withheld"][0]) == (0, 1)
-    assert reply["labels"].tolist() == [0, 0]
+    assert (reply["cells"][0].tolist(), reply["cells_withheld"][0].tolist()) == ([0, 0], [1, 1])
+    assert not reply["parts"][0].any()
+    assert not reply["labels"].any()
     assert result["columns"]["age"]["completeness"] is None
     assert result["components"]["balance"] is None
-    assert "missing" in result["note"]
-    assert "labels" in result["note"]
+    assert "completeness" in result["note"]
+    assert "balance" in result["note"]
+
+
+def test_no_total_tells_a_small_count_by_subtracting(federation: Any, drive: Any) -> None:
+    """One label, one date and two numbers are missing; two of 100 rows are in a month, and two are outliers."""
+    random = np.random.default_rng(8)
+    day = np.repeat(np.array(["2026-01-05", "2026-02-05", "2026-03-05"], "datetime64[D]"), (50, 2, 48))
+    sick, age = np.tile([0.0, 1.0], 50), random.integers(20, 60, 100).astype(float)
+    weight, again = random.normal(70, 5, 100), random.normal(70, 5, 100)
+    weight[:2], again[:2] = 150_000, np.nan
+    data = {"weight": weight, "age": age, "sick": sick, "day": day, "flat": again}
+    columns = {**{name: COLUMNS[name] for name in ("weight", "age", "sick", "day")}, "flat": COLUMNS["weight"]}
+    for change in ("none", "undated", "unlabelled"):
+        data["day"] = np.where((np.arange(100) < 1) & (change == "undated"), np.datetime64("NaT"), day)
+        data["sick"] = np.where((np.arange(100) < 1) & (change == "unlabelled"), np.nan, sick)
+        _, driven = quality(drive, {"a": federation.table(data, columns)}, 5)
+        for replies in driven.replies:
+            reply = replies["a"]
+            for whole, parts in (("timed", "months"), ("cells", "parts"), ("labelled", "labels"), ("", "repeats")):
+                if parts in reply:
+                    for total, split in pairwise([100, *([reply[whole]] if whole else []), reply[parts]]):
+                        left = total - split.sum(axis=-1)
+                        assert (split >= 5)[split > 0].all()
+                        assert (left[split.any(axis=-1)] >= 5)[left[split.any(axis=-1)] > 0].all()
+            if "months" in reply:
+                assert reply["months"].any() == (change != "undated")
+            if "labels" in reply:
+                assert reply["labels"].any() == (change != "unlabelled")
+
+
+def test_a_site_scores_itself_by_counts_that_it_may_tell(federation: Any) -> None:
+    age = np.arange(100.0) % 60
+    age[0] = np.nan
+    day = np.repeat(np.datetime64("2026-05-03"), 100)
+    table = federation.table({"age": age, "day": day}, {name: COLUMNS[name] for name in ("age", "day")})
+    policy = Policy.sandbox().model_copy(update={"min_group_size": 5})
+    plan = federation.plan("statistics.quality", {}, {"a": table}, run={"min_group_size": 5})
+    result = federation.run(plan, {"a": table}, {"a": policy})["result"]["quality"]
+    own = result["sites"]["a"]
+    assert (own["completeness"], own["plausibility"]) == ({"age": None, "day": 1.0}, {"age": None})
+    assert result["columns"]["age"]["completeness"] is None
 
 
 def test_the_newest_month_is_not_one_persons(federation: Any, drive: Any) -> None:
     day = np.repeat(np.datetime64("2026-05-03"), 40)
+    day[:11] = np.datetime64("2026-04-03")
     day[0] = np.datetime64("2099-12-24")
     table = federation.table({"day": day}, {"day": COLUMNS["day"]})
     assert quality(drive, {"a": table}, 5)[0]["newest_month"] == "2026-05"
@@ -189,7 +232,7 @@ def test_a_site_judges_by_one_set_of_quartiles(federation: Any) -> None:
         return type("Asked", (), {"take": lambda _, name, shape: arrays[name]})()
 
     first = asked.counts(desk, task(40.0))
-    assert asked.counts(desk, task(40.0))["outliers"].tolist() == first["outliers"].tolist()
+    assert asked.counts(desk, task(40.0))["parts"].tolist() == first["parts"].tolist()
     with pytest.raises(ProtocolError) as caught:
         asked.counts(desk, task(40.1))
     assert caught.value.code == "task.changed"

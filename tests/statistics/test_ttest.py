@@ -128,6 +128,26 @@ def test_a_withheld_sample_leaves_nothing_to_test(federation: Any, drive: Any) -
         assert "withheld" in found["note"]
 
 
+@pytest.mark.parametrize("reveals", [True, False])
+@pytest.mark.parametrize("alone", ["x", "y"])
+def test_pairs_are_not_told_beside_a_few_single_values(federation: Any, drive: Any, alone: str, reveals: bool) -> None:
+    """One has one value of the pair: the sums of both columns less that of the pairs would tell it."""
+    data = dict(zip("xy", np.random.default_rng(5).normal(100, 3, (2, 60)), strict=True))
+    data["y" if alone == "x" else "x"][0] = NAN
+    columns = {name: COLUMNS[name] for name in "xy"}
+    tables = {"a": federation.table({n: v[:30] for n, v in data.items()}, columns)}
+    tables["b"] = federation.table({n: v[30:] for n, v in data.items()}, columns)
+    steps = build("statistics.ttest", {"column": "x", "paired": "y"}).coordinate(
+        Cohort(("a", "b"), tables["a"].schema, 0, 5)
+    )
+    driven = drive(steps, tables, rule=Rule(5 if reveals else 1))
+    assert driven.result["ttest"]["samples"] == [{"count": None, "mean": None, "std": None}]
+    assert "one value of the pair" in driven.result["ttest"]["note"]
+    if reveals:
+        assert not any(array.any() for name, array in driven.replies[0]["a"].items() if name != "left_out")
+    assert ttest(drive, tables, Rule(5), mean=99.0)["t"] is not None
+
+
 @pytest.mark.parametrize(("column", "rows"), [("single", 40), ("x", 1), ("x", 0)])
 def test_what_is_undefined_says_so(federation: Any, drive: Any, column: str, rows: int) -> None:
     found = ttest(drive, {"a": site(federation, np.random.default_rng(2), rows)}, column=column, mean=1.0)

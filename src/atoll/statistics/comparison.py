@@ -4,14 +4,15 @@ Parties: sites and coordinator. Messages: the rounds of ``statistics.quality``; 
 cells and codes, and of sites in which a column is empty or has one value, which has a code, and by
 time grain; the cohort's shares go out, and one Sum, "apart", counts the sites that lie apart from them; round
 "own" (asked only where a site's policy may share it) asks each site for its own flags. The coordinator
-learns, of the cohort's total: missing cells and code counts (small ones are withheld), and how many sites
-raised each flag; under ``plain`` each site's. Threat model: as the plan's protection; a site compares itself
-with one set of shares in a run. Dropout: the survivors' counts. Cost: quality's, and then about 30 bytes a
-column and 11 a code.
+learns, of the cohort's total: missing cells and code counts (withheld where few, or where few have no code),
+and how many sites raised each flag; under ``plain`` each site's. Threat model: as the plan's protection; a
+site compares itself with one set of shares in a run. Dropout: the survivors' counts. Cost: quality's, and then
+about 50 bytes a column and 20 a code.
 
 Flags, by column: *empty* (no value at all), *constant* (one value), *missing* (the share of missing cells is
-more than APART from the cohort's), *shares* (so is the distribution over the code list, in total variation:
-for a label, its prevalence), *absent* (a code that makes COMMON of the cohort's rows is not there).
+more than APART from the cohort's), *shares* (so is the distribution over the code list, in total variation,
+codes that are withheld being one: for a label, its prevalence), *absent* (a code that makes COMMON of the
+cohort's rows with a code is not there).
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ from atoll.statistics.quality import Quality
 
 APART, COMMON = 0.2, 0.05
 GRAINS_S = {"1s": 1, "1min": 60, "15min": 900, "1h": 3600, "1d": 86_400, "1w": 604_800, "1 month": 2_419_200}
-MISSING = Cells("missing", "missing_withheld")
-CODES = Cells("codes", "codes_withheld", lines=(1,))
+CELLS = Cells("cells", "cells_withheld", lines=(1,))
+"""[columns, 2]: missing, present. Rows are known, so one is withheld with the other."""
+CODED = Cells("coded", "coded_withheld", values=("codes",), lines=(1,))
+CODES = Cells("codes", "codes_withheld", lines=(2,))
+"""The same of columns with a code list; and what is present by code, [coded columns, 2, codes]."""
 FLAGS = ("empty", "constant", "missing", "shares", "absent")
 
 
@@ -69,27 +73,28 @@ class Comparison:
         """Returns {"quality": as that program, "comparison": {"sites": number, "columns": {name: {flag: sites}},
         "codes": {name: {code: sites that have it}}, "grains": {name: {grain: sites}},
         "own": {site: {name: [flags]}}}}."""
-        columns, rows = _Columns(cohort.schema), cohort.schema.max_rows
+        columns, rows, smallest = _Columns(cohort.schema), cohort.schema.max_rows, cohort.min_group_size
         size, coded, most = len(columns.names), len(columns.coded), columns.most
         quality = yield from Quality(Quality.Params(own=self.params.own)).coordinate(cohort)
         fields = {
             "rows": count(bound=rows),
             "sites": count(bound=1),
-            "missing": count(size, bound=rows),
-            "missing_withheld": withheld(size),
-            "codes": count((coded, most), bound=rows),
-            "codes_withheld": withheld((coded, most)),
+            "cells": count((size, 2), bound=rows),
+            "cells_withheld": withheld((size, 2)),
+            "coded": count((coded, 2), bound=rows),
+            "coded_withheld": withheld((coded, 2)),
+            "codes": count((coded, 2, most), bound=rows),
+            "codes_withheld": withheld((coded, 2, most)),
             "has": count((coded, most), bound=1),
             "alone": count((size, 2), bound=1),
             "grains": count((len(columns.times), len(GRAINS_S)), bound=1),
         }
         total = yield Round("shares", Sum(), fields)
         with np.errstate(invalid="ignore", divide="ignore"):
-            gone = MISSING.hidden(total, cohort.min_group_size)
-            missing = np.where(gone, -1.0, total["missing"] / total["rows"])
-            hidden = CODES.hidden(total, cohort.min_group_size)
-            codes = np.where(hidden, 0.0, total["codes"]).astype(np.float64)
-            codes = np.nan_to_num(codes / codes.sum(axis=1, keepdims=True))
+            gone = CELLS.hidden(total, smallest).any(axis=1)
+            missing = np.where(gone, -1.0, total["cells"][:, 0] / total["cells"].sum(axis=1))
+            hidden = (CODES.hidden(total, smallest) | CODED.hidden(total, smallest)[..., None])[:, 1]
+            codes = np.where(hidden, -1.0, np.nan_to_num(total["codes"][:, 1] / total["coded"][:, 1:]))
         send = {"missing": missing, "codes": codes}
         apart = yield Round(
             "apart", Sum(), {"missing": count(size, bound=1), "codes": count((coded, 2), bound=1)}, send
@@ -114,7 +119,7 @@ class Comparison:
         told = {"sites": int(total["sites"]), "columns": found, "codes": has, "grains": grains, "own": own}
         return {**quality, "comparison": told}
 
-    @handler("shares", groups=("rows",), cells=(MISSING, CODES))
+    @handler("shares", groups=("rows",), cells=(CELLS, CODED, CODES))
     def shares(self, site: SiteView, task: Task) -> Reply:
         """At the site: missing cells and codes, and which columns are empty or constant, and their time grain."""
         table, columns = site.table, _Columns(site.table.schema)
@@ -124,8 +129,11 @@ class Comparison:
             if (grain := _grain(table[name])) is not None:
                 grains[i, grain] = 1
         has = codes >= max(site.min_group_size, 1)
-        found = {"missing": missing, "codes": codes, "has": has.astype(np.int64), "alone": alone, "grains": grains}
-        return {"rows": len(table), "sites": 1, **found}
+        cells = np.stack([missing, len(table) - missing], axis=-1)
+        coded = cells[[columns.names.index(name) for name in columns.coded]]
+        split = np.stack([np.zeros_like(codes), codes], axis=1)
+        found = {"cells": cells, "coded": coded, "codes": split, "has": has.astype(np.int64), "alone": alone}
+        return {"rows": len(table), "sites": 1, **found, "grains": grains}
 
     @handler("apart")
     def apart(self, site: SiteView, task: Task) -> Reply:
@@ -157,7 +165,9 @@ class Comparison:
             for i, name in enumerate(columns.coded):
                 if (known := codes[i].sum()) >= max(site.min_group_size, 1):
                     at = columns.names.index(name)
-                    flags[at, 3] = np.abs(codes[i] / known - shares[i]).sum() / 2 > APART
+                    told, mine = shares[i] >= 0, codes[i] / known
+                    others = 0.0 if told.all() else abs(shares[i][told].sum() - mine[told].sum())
+                    flags[at, 3] = (np.abs(mine - shares[i])[told].sum() + others) / 2 > APART
                     flags[at, 4] = ((shares[i] >= COMMON) & (codes[i] == 0)).any()
         return flags
 

@@ -17,15 +17,19 @@ the codes or integers fit into *bins*.
 
 Small groups. A pair is withheld where fewer than k rows have both columns, or have the one but not the other:
 the difference of the column's sums would tell those. (Differences between three columns' rows are not looked
-at: use ``listwise``.) Where a site's own numbers are seen (``site.min_group_size`` = k > 1), its histograms, of all
-refinements together, hold nobody or k people between neighbouring cuts; other edges are told as the nearer cut,
-which is off by D ≤ k − 1 rows, and e by D√n. And at least k of its rows share a score, their mean, so that no
-counts that a coordinator makes up single out a row: e grows by at most what these groups span.
+at: use ``listwise``.) Sums over complete rows are withheld, all of them, where fewer than k other rows have some
+column: available-case sums are often told too (``statistics.describe``), and the difference would tell those.
+Pearson's sums of a column that a few people dominate are withheld, and its pairs; ranks have no magnitude.
+Where a site's own numbers are seen (``site.min_group_size`` = k > 1), its histograms, of all refinements together,
+hold nobody or k people between neighbouring cuts; other edges are told as the nearer cut, which is off by
+D ≤ k − 1 rows, and e by D√n. And at least k of its rows share a score, their mean, so that no counts that a
+coordinator makes up single out a row: e grows by at most what these groups span.
 
 The coordinator learns, of the cohort's total: counts, moments or histograms of each column, and for each
-pair the count, sums, squares and cross-product; under ``plain`` each site's. Threat model: as the plan's
-protection. Dropout: the answer is over the sites of the last round; a site absent from a round is not asked
-again. Cost: p columns: 64 p² bytes a site, and 24 p for moments or 8 p · bins for each histogram.
+pair the count, sums, squares and cross-product; listwise, how many incomplete rows have each column, and how
+many sites left out theirs; under ``plain`` each site's. Threat model: as the plan's protection. Dropout: the
+answer is over the sites of the last round; a site absent from a round is not asked again. Cost: p columns:
+66 p² bytes a site, and 33 p for moments or 9 p · bins for each histogram.
 
 Sources: Chan, Golub & LeVeque 1983 (two-pass moments); Kendall & Gibbons 1990, ch. 3 (mid-ranks, Σ(t³ − t)/12).
 """
@@ -33,26 +37,29 @@ Sources: Chan, Golub & LeVeque 1983 (two-pass moments); Kendall & Gibbons 1990, 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field as Setting
 from scipy.special import betainc
 
-from atoll.contract.disclosure import Cells
+from atoll.contract.disclosure import TOP, Cells
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.rounds import Field, Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Array
+from atoll.statistics.group_by import add_largest
 
 Floats = NDArray[np.float64]
-COLUMN = Cells("count", "withheld", values=("s1", "s2"))
+COLUMN = Cells("count", "withheld", values=("s1", "s2"), largest="top")
 BINS = Cells("histogram", "withheld")
-PAIRS = Cells("pairs", "withheld", values=("sums",), lines=(2,))
+RANKED = Cells("pairs", "withheld", values=("sums",), lines=(2,))
 """[columns, columns, 2]: rows with both columns, and rows with the first alone."""
+PAIRS = replace(RANKED, largest="top")
 LOST = 1e-6
 """A spread below this share of the mean square has lost digits."""
 
@@ -68,8 +75,8 @@ class Correlation:
         columns: tuple[str, ...] = ()
         method: Literal["pearson", "spearman"] = "pearson"
         missing: Literal["pairwise", "listwise"] = "pairwise"
-        bins: int = Field(default=2048, ge=16, le=65_536)
-        refinements: int = Field(default=3, ge=0, le=8)
+        bins: int = Setting(default=2048, ge=16, le=65_536)
+        refinements: int = Setting(default=3, ge=0, le=8)
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -99,7 +106,7 @@ class Correlation:
             center, scale, bound, sites = yield from self._scales(cohort, names)
             send = {"center": center, "scale": scale}
         fields = {
-            "rows": count(bound=cohort.schema.max_rows),
+            **_counted(cohort.schema, p),
             "pairs": count((p, p, 2), bound=cohort.schema.max_rows),
             "sums": real((p, p, 2, 3), bound=bound, step=1e-9),
             "withheld": withheld((p, p, 2)),
@@ -111,7 +118,7 @@ class Correlation:
         if ranked:
             error = error + scale * np.sqrt(total["blur"])
         hidden = PAIRS.hidden(total, cohort.min_group_size)[..., 0]
-        hidden |= hidden.T
+        hidden |= hidden.T | _tell_tale(total, cohort.min_group_size)
         n = total["pairs"][..., 0].astype(np.float64)
         s, q, c = np.moveaxis(total["sums"][..., 0, :], -1, 0)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -152,7 +159,7 @@ class Correlation:
         center, unit, bound, sites = middle, half, float(cohort.schema.max_rows), None
         for _ in range(2):
             fields = {
-                "rows": count(bound=cohort.schema.max_rows),
+                **_counted(cohort.schema, len(names)),
                 "count": count(len(names), bound=cohort.schema.max_rows),
                 "s1": real(len(names), bound=bound, step=1e-9),
                 "s2": real(len(names), bound=bound, step=1e-9),
@@ -161,6 +168,7 @@ class Correlation:
             send = {"center": center, "scale": unit}
             total = yield Round("moments", Sum(), fields, send, sites=sites)
             usable = (total["count"] > 0) & ~COLUMN.hidden(total, cohort.min_group_size)
+            usable &= not _tell_tale(total, cohort.min_group_size)
             n, sites = np.maximum(total["count"], 1).astype(np.float64), total.sites
             shift, square = total["s1"] / n, total["s2"] / n
             variance = np.maximum(square - shift**2, 0)
@@ -182,7 +190,7 @@ class Correlation:
         edges = np.array([_edges(column, size, None) for column in columns]).reshape(-1, size)
         for number in range(1 + self.params.refinements):
             fields = {
-                "rows": count(bound=rows),
+                **_counted(cohort.schema, len(names)),
                 "histogram": count(edges.shape, bound=rows),
                 "slack": count(len(names), bound=rows),
                 "withheld": withheld(edges.shape),
@@ -213,14 +221,28 @@ class Correlation:
 
     # ---------------------------------------------------------------- at the site
 
-    def _batches(self, site: SiteView) -> Iterator[Floats]:
-        """Matrices of a few MiB, of the rows that count."""
+    def _batches(self, site: SiteView, apart: NDArray[np.int64]) -> Iterator[Floats]:
+        """Matrices of a few MiB, of the rows that count; *apart* [columns] then has each column's values in others."""
         names = self._names(site.table.schema)
         done, size = 0, max(1024, (1 << 21) // max(len(names), 1))
         for batch in site.table.batches(names, size):
-            yield batch[~np.isnan(batch).any(axis=1)] if self._listwise else batch
+            if self._listwise:
+                known = ~np.isnan(batch)
+                complete = known.all(axis=1)
+                apart += known.sum(axis=0) - complete.sum()
+                yield batch[complete]
+            else:
+                yield batch
             done += len(batch)
             site.progress(done, len(site.table))
+
+    @staticmethod
+    def _guarded(site: SiteView, apart: NDArray[np.int64], reply: dict[str, Any]) -> Reply:
+        """The reply, or nothing of it where a column's sums less those of the complete rows would tell a few."""
+        if ((apart > 0) & (apart < site.min_group_size)).any():
+            nothing = {name: np.zeros_like(array) for name, array in reply.items()}
+            return {**nothing, "apart": np.zeros_like(apart), "left_out": 1}
+        return {**reply, "apart": apart, "left_out": 0}
 
     @handler("moments", groups=("rows",), cells=COLUMN)
     def moments(self, site: SiteView, task: Task) -> Reply:
@@ -228,21 +250,25 @@ class Correlation:
         p, rows = len(self._names(site.table.schema)), 0
         center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
         counts, s1, s2 = np.zeros(p, np.int64), np.zeros(p), np.zeros(p)
-        for batch in self._batches(site):
+        apart, top = np.zeros(p, np.int64), np.zeros((p, TOP + 1))
+        for batch in self._batches(site, apart):
             known = ~np.isnan(batch)
             z = np.where(known, (batch - center) / scale, 0)
             counts += known.sum(axis=0)
             s1 += z.sum(axis=0)
             s2 += (z**2).sum(axis=0)
+            add_largest(top, _most(_magnitudes(batch)))
             rows += len(batch)
-        return {"rows": rows, "count": counts, "s1": s1, "s2": s2}
+        return self._guarded(site, apart, {"rows": rows, "count": counts, "s1": s1, "s2": s2, "top": top})
 
     @handler("products", groups=("rows",), cells=PAIRS)
     def products(self, site: SiteView, task: Task) -> Reply:
         """At the site: for each pair of columns the rows, sums, squares and cross-products about the centre sent."""
         p = len(self._names(site.table.schema))
         center, scale = task.take("center", (p,)), _positive(task.take("scale", (p,)))
-        return self._products(site, ((batch - center) / scale for batch in self._batches(site)))
+        most = np.zeros((p, p, TOP + 1))
+        reply = self._products(site, lambda batch: (batch - center) / scale, most)
+        return {**reply, "top": np.stack([_either(most), np.zeros_like(most)], axis=2)}
 
     @handler("histogram", groups=("rows",), cells=BINS)
     def histogram(self, site: SiteView, task: Task) -> Reply:
@@ -252,7 +278,8 @@ class Correlation:
         cuts = [site.state.get(f"cuts {name}", np.zeros(0)) for name in names]
         edges = [np.unique(np.concatenate(pair)) for pair in zip(asked, cuts, strict=True)]
         counts, rows = [np.zeros(len(e), np.int64) for e in edges], 0
-        for batch in self._batches(site):
+        apart = np.zeros(len(names), np.int64)
+        for batch in self._batches(site, apart):
             for column, e, found in zip(batch.T, edges, counts, strict=True):
                 found += np.bincount(_bins(e, column[~np.isnan(column)]), minlength=len(e))
             rows += len(batch)
@@ -271,9 +298,9 @@ class Correlation:
                 site.state[f"cuts {name}"] = edges[i][cut]
         site.state["edges"], site.state["told"] = asked.copy(), told.astype(np.float64)
         site.state["own"] = own
-        return {"rows": rows, "histogram": told, "slack": slack}
+        return self._guarded(site, apart, {"rows": rows, "histogram": told, "slack": slack})
 
-    @handler("rank_products", groups=("rows",), cells=PAIRS)
+    @handler("rank_products", groups=("rows",), cells=RANKED)
     def rank_products(self, site: SiteView, task: Task) -> Reply:
         """At the site: the same of the rows' ranks in the histograms sent."""
         shape = (len(self._names(site.table.schema)), self._size(site.table.schema))
@@ -283,15 +310,18 @@ class Correlation:
         scores, _ = _scores(np.maximum(counts, site.state["told"]))
         shared = [_shared(*each, site.min_group_size) for each in zip(scores, site.state["own"], strict=True)]
         table = [score for score, _ in shared]
-        reply = self._products(site, (_looked_up(batch, edges, table) for batch in self._batches(site)))
-        return {**reply, "blur": np.array([blur for _, blur in shared])}
+        reply = self._products(site, lambda batch: _looked_up(batch, edges, table))
+        blur = np.array([blur for _, blur in shared])
+        return {**reply, "blur": np.zeros_like(blur) if reply["left_out"] else blur}
 
-    def _products(self, site: SiteView, batches: Iterator[Floats]) -> Reply:
+    def _products(self, site: SiteView, scored: Callable[[Floats], Floats], most: Floats | None = None) -> Reply:
+        """Into *most* go the first column's largest magnitudes in each pair's rows, [columns, columns, TOP + 1]."""
         p, rows = len(self._names(site.table.schema)), 0
-        pairs, sums = np.zeros((p, p)), np.zeros((3, p, p))
-        for batch in batches:
+        pairs, sums, apart = np.zeros((p, p)), np.zeros((3, p, p)), np.zeros(p, np.int64)
+        for seen in self._batches(site, apart):
+            batch = scored(seen)
             known = ~np.isnan(batch)
-            holes = ~known.all(axis=0)  # only these columns need a product of masks
+            holes = np.asarray(~known.all(axis=0))  # only these columns need a product of masks
             mask, z = known[:, holes].astype(np.float64), np.where(known, batch, 0) if holes.any() else batch
             common = np.minimum.outer(known.sum(axis=0), known.sum(axis=0)).astype(np.float64)
             common[np.ix_(holes, holes)] = mask.T @ mask
@@ -302,11 +332,64 @@ class Correlation:
                 total += together
             sums[2] += z.T @ z
             rows += len(z)
+            if most is not None:
+                add_largest(most.reshape(p * p, TOP + 1), _most_of_pairs(_magnitudes(seen), known))
         both = np.rint(pairs).astype(np.int64)
         told = np.zeros((p, p, 2, 3))
         told[:, :, 0] = np.moveaxis(sums, 0, -1)
         alone = np.diag(both)[:, None] - both
-        return {"rows": rows, "pairs": np.stack([both, alone], axis=-1), "sums": told}
+        return self._guarded(site, apart, {"rows": rows, "pairs": np.stack([both, alone], axis=-1), "sums": told})
+
+
+def _counted(schema: TableSchema, columns: int) -> dict[str, Field]:
+    """Fields of every round: rows, how many others (listwise) have each column, and sites that left out their rows."""
+    rows = schema.max_rows
+    return {"rows": count(bound=rows), "apart": count(columns, bound=rows), "left_out": count(bound=1)}
+
+
+def _tell_tale(total: Mapping[str, Array], min_group_size: int) -> bool:
+    """Whether sums over the complete rows may not be told, at a site or of the cohort."""
+    few = (total["apart"] > 0) & (total["apart"] < min_group_size)
+    return bool(few.any() or total["left_out"] > 0)
+
+
+def _magnitudes(batch: Floats) -> Floats:
+    """[columns, rows] of a batch [rows, columns], 0 where missing."""
+    return np.nan_to_num(np.abs(batch.T), nan=0.0)
+
+
+def _most(sizes: Floats) -> Floats:
+    """The TOP largest (in any order) and the sum of each column's magnitudes [columns, rows]; [columns, TOP + 1]."""
+    found, n = np.zeros((len(sizes), TOP + 1)), min(TOP, sizes.shape[1])
+    found[:, TOP] = sizes.sum(axis=1)
+    if n:
+        found[:, :n] = np.partition(sizes, -n, axis=1)[:, -n:]
+    return found
+
+
+def _most_of_pairs(sizes: Floats, known: NDArray[np.bool_], near: int = 64) -> Floats:
+    """Of each pair of columns :func:`_most` of the first's magnitudes [columns, rows] in the rows *known* [rows,
+    columns] of the second; [columns², TOP + 1]. Mostly they are among a column's *near* largest."""
+    p, rows = sizes.shape
+    found = np.zeros((p, p, TOP + 1))
+    found[..., TOP] = sizes @ known.astype(np.float64)
+    for i, size in enumerate(sizes):
+        place = np.argpartition(size, -near)[-near:] if rows > near else np.arange(rows)
+        there = known[place]
+        found[i, :, :TOP] = _most((size[place, None] * there).T)[:, :TOP]
+        if rows > near:
+            for j in np.flatnonzero(there.sum(axis=0) < TOP):
+                found[i, j, :TOP] = _most((size * known[:, j])[None])[0, :TOP]
+    return found.reshape(p * p, TOP + 1)
+
+
+def _either(most: Floats) -> Floats:
+    """As :func:`_most`, but such that a pair is dominated where either of its columns is, of *most* [p, p, TOP + 1]."""
+    with np.errstate(invalid="ignore"):
+        share = np.nan_to_num(np.cumsum(most[..., :TOP], axis=-1) / most[..., TOP:], nan=0.0)
+    share = np.minimum(np.maximum(share, share.swapaxes(0, 1)), 1.0)
+    top = np.diff(share, axis=-1, prepend=0.0)
+    return np.concatenate([top, np.maximum(top.sum(axis=-1, keepdims=True), 1.0)], axis=-1)
 
 
 # ---------------------------------------------------------------- ranks from histograms
@@ -449,7 +532,7 @@ def _notes(names: tuple[str, ...], hidden: NDArray[np.bool_], flat: NDArray[np.b
     if still.any():
         notes.append(f"does not vary{beyond}, so correlations are undefined: " + ", ".join(np.array(names)[still]))
     for mask, why in (
-        (hidden, "withheld, as too few people have both columns, or one without the other"),
+        (hidden, "withheld, as too few people have both columns, or one without the other, or make most of a column"),
         ((flat | flat.T) & ~still & ~still[:, None], "undefined, as one hardly varies in the rows that have both"),
     ):
         pairs = [f"{names[i]}-{names[j]}" if i < j else names[i] for i, j in np.argwhere(np.triu(mask))]

@@ -4,7 +4,8 @@ Parties: sites and coordinator. Messages: the model goes out; round "scores" is 
 round "own" (asked only where the plan's sites may share it) gathers each site's own
 metrics. The coordinator learns the cohort's score histograms and loss sums (each site's
 under ``plain``); a site whose policy does not share "metrics" is simply absent from
-"own". Dropout: the survivors' metrics. Cost: 2 rounds, 16 KiB a site.
+"own", and how many rows it held out is told only where it shares "rows". Dropout: the
+survivors' metrics. Cost: 2 rounds, 16 KiB a site.
 
 Log loss, accuracy, F1 and squared errors are exact sums. AUC and KS come from a
 histogram of scores with *bins* bins: AUC counts pairs within a bin as ties (half), so it
@@ -116,7 +117,7 @@ class Evaluation:
             gathered = yield Round("own", Gather(), {n: real() for n in OWN}, send, optional=True)
             for site in gathered:
                 values = {n: float(v) for n, v in gathered[site].items()}
-                own[site] = {n: v for n, v in values.items() if n in pooled or n == "rows"}
+                own[site] = {n: v for n, v in values.items() if n in pooled or (n == "rows" and not math.isnan(v))}
         return {"pooled": pooled, "own": own, "curves": curves}
 
     def _binary(self, total: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -193,7 +194,9 @@ class Evaluation:
             raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
         y, p = self._scored(site, task)
         found = binary_metrics(y, p) if self.binary else error_metrics(*_error_sums(y, p))
-        return {name: float(len(y)) if name == "rows" else found.get(name, math.nan) for name in OWN}
+        if site.shares("rows"):
+            found["rows"] = float(len(y))
+        return {name: found.get(name, math.nan) for name in OWN}
 
 
 def _error_sums(y: Floats, p: Floats) -> tuple[float, float, float, float, float]:

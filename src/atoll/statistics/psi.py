@@ -10,7 +10,8 @@ for its own, which stays withheld unless its policy shares "metrics". The coordi
 cohort's total: the people in each bin (in each period), and how many sites drifted; under ``plain``
 each site's. At the cuts every site has told its count before, so they add nothing; cells that are small,
 and their complement along bins and periods, are withheld, and are one bin together, "other". A site takes
-no part in a column where fewer than its smallest group have a value (in a period). It answers for one set
+no part in a column where fewer than its smallest group have a value (in a period, or without a date). Its
+own index is over bins of which small ones, and their complement, are one bin with "other" too. It answers for one set
 of bins and one cohort distribution a run. Threat model: as the plan's protection. Dropout: the cohort of
 the survivors. Cost: 9 bytes a bin and period, and after it 3 numbers a column, besides the quantiles.
 
@@ -29,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.disclosure import Cells
+from atoll.contract.disclosure import Cells, suppress
 from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
@@ -129,11 +130,12 @@ class StabilityIndex:
             counts[:, c, shown] = total["counts"][:, c, shown]
             if len(shown) < size:
                 counts[:, c, -1] = total["total"][:, c] - total["counts"][:, c, shown].sum(axis=-1)
-        enough = np.array([(n >= max(cohort.min_group_size, 1)).all() for n in total["total"][:2].T])
+        small = total["total"] < max(cohort.min_group_size, 1)
+        enough = ~(small[:2].any(axis=0) | (small & (total["total"] > 0)).any(axis=0))
         counts[:, ~enough] = ABSENT
         columns = {}
         for c, name in enumerate(names):
-            described: dict[str, Any] = {"note": "" if enough[c] else "too few people with a value"}
+            described: dict[str, Any] = {"note": "" if enough[c] else "too few people with a value, or without a date"}
             if name in codes:
                 described["values"] = list(cohort.schema.columns[name].values or ())
             else:
@@ -192,9 +194,13 @@ class StabilityIndex:
         _once(site, "cohort", cohort)
         found = np.full(len(counts), np.nan)
         for c, (mine, theirs) in enumerate(zip(counts, cohort, strict=True)):
-            apart = theirs[:-1] >= 0
-            actual = np.append(mine[apart], mine[~apart].sum() if theirs[-1] >= 0 else [])
-            found[c] = stability_index(theirs[theirs >= 0], actual, self.params.smoothing)
+            told, small = theirs[:-1] >= 0, suppress(mine, np.zeros(len(mine), bool), site.min_group_size, (0,))
+            apart, moved = told & ~small, told & small
+            expected, actual = theirs[:-1][apart], mine[apart]
+            if theirs[-1] >= 0 or moved.any():
+                expected = np.append(expected, max(theirs[-1], 0) + theirs[:-1][moved].sum())
+                actual = np.append(actual, mine[~apart].sum())
+            found[c] = stability_index(expected, actual, self.params.smoothing)
         return found
 
     def _counted(self, site: SiteView, task: Task) -> NDArray[np.int64]:
@@ -218,7 +224,7 @@ class StabilityIndex:
             known = place >= 0
             cells = np.bincount((when * width + place)[known], minlength=periods * width)
             counts[:, c] = cells.reshape(periods, width)
-            people = counts[:2, c].sum(axis=-1)
+            people = counts[:, c].sum(axis=-1)
             if ((people > 0) & (people < site.min_group_size)).any():
                 counts[:, c] = 0
             site.progress(c + 1, columns)

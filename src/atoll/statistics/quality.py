@@ -23,24 +23,25 @@ raises a flag for that column: an amount in cents, a weight in grams. Medians, a
 most rows then still are in the right unit. Flags leave as counts of sites.
 
 The coordinator learns, of the cohort's total: rows, quartiles, rows a month, missing cells, duplicates, outliers, label
-counts, recent rows and flags; under ``plain`` each site's, where counts of fewer than k are withheld (a component
-that needs one is None, and *note* says so); and the own scores of sites that share "metrics".
+counts, recent rows and flags; under ``plain`` each site's. Counts of fewer than k are withheld, and what they could
+be had from: a column with so few missing cells tells nothing else either (a component that needs what is withheld is
+None, and *note* says so). The own scores of sites that share "metrics" are made of the counts that a site may tell.
 Threat model: as the plan's protection; a site judges by one set of quartiles in a run, so that counts
 at others cannot be subtracted. Dropout: the survivors' counts. Cost: quantiles' rounds (6 KiB a number and
-round), 22 KiB if there is a time column, and under 100 bytes a column.
+round), 53 KiB if there is a time column, and about 60 bytes a column and 18 a class.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.disclosure import Cells
+from atoll.contract.disclosure import Cells, Rule, judged
 from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
@@ -55,13 +56,19 @@ POWERS = (-3, -2, -1, 1, 2, 3)
 FIRST_MONTH = np.datetime64("1900-01", "M")
 MONTHS = 12 * 250
 """Dates outside of 1900 to 2149 count as in the first or last month."""
-MONTH = Cells("months", "months_withheld")
-MISSING = Cells("missing", "missing_withheld")
-OUTLIERS = Cells("outliers", "outliers_withheld")
-DUPLICATES = Cells("duplicates", "duplicates_withheld")
-LABELS = Cells("labels", "labels_withheld", lines=(0,))
-DATED = Cells("dated", "dated_withheld", lines=(0,))
-TABLES = (MISSING, OUTLIERS, DUPLICATES, LABELS, DATED)
+# Each of these first splits the rows by whether a cell is there, [..., 2] (missing, present): their total is known
+# and one is withheld with the other. Then what is present is split further, [..., 2, parts].
+TIMED = Cells("timed", "timed_withheld", values=("months",), lines=(0,))
+MONTH = Cells("months", "months_withheld", lines=(1,))
+CELLS = Cells("cells", "cells_withheld", values=("parts",), lines=(1,))
+PARTS = Cells("parts", "parts_withheld", lines=(2,))
+"""Of a number: plausible, outlier; of the time column: recent, older."""
+LABELLED = Cells("labelled", "labelled_withheld", values=("labels",), lines=(0,))
+LABELS = Cells("labels", "labels_withheld", lines=(1,))
+REPEATS = Cells("repeats", "repeats_withheld", lines=(0,))
+"""Rows that repeat an earlier one, and others."""
+TABLES = (CELLS, PARTS, LABELLED, LABELS, REPEATS)
+NEEDED = {"cells": "completeness", "parts": "plausibility or timeliness", "labels": "balance", "repeats": "uniqueness"}
 Weight = Annotated[float, Field(ge=0)]
 
 
@@ -123,25 +130,24 @@ class Quality:
             found = (yield from Quantiles(asked).coordinate(cohort))["quantiles"]["columns"]
             send["quartiles"] = np.array([[v or 0.0 for v in found[n]["values"]] for n in numbers])
         if time:
-            fields = {"months": count(MONTHS, bound=rows), "months_withheld": withheld(MONTHS)}
-            months = yield Round("months", Sum(), fields)
-            enough = np.flatnonzero(~MONTH.hidden(months, smallest) & (months["months"] > 0))
+            months = yield Round("months", Sum(), _fields({"timed": (2,), "months": (2, MONTHS)}, rows))
+            known = _known(months, (TIMED, MONTH), smallest)["months"][1]
+            enough = np.flatnonzero(known > 0)
             send["newest"] = np.array([float(enough[-1]) if len(enough) else -1.0])
-        shapes = {"missing": len(names), "outliers": len(numbers), "duplicates": 1, "labels": classes, "dated": 2}
+        watched = _watched(names, time)
+        shapes = {"cells": (len(watched), 2), "parts": (len(watched), 2, 2), "labelled": (2,), "labels": (2, classes)}
         total = yield Round(
             "counts",
             Sum(),
             {
                 "rows": count(bound=rows),
-                "present": count(len(numbers), bound=rows),
                 "flags": count((len(numbers), len(POWERS)), bound=1),
-                **{name: count(size, bound=rows) for name, size in shapes.items()},
-                **{f"{name}_withheld": withheld(size) for name, size in shapes.items()},
+                **_fields({**shapes, "repeats": (2,)}, rows),
             },
             send,
         )
-        hidden = {cells.counts: cells.hidden(total, smallest) for cells in TABLES}
-        shares = _shares(total, send["quartiles"], {k: np.where(v, np.nan, total[k]) for k, v in hidden.items()})
+        counts = _known(total, TABLES, smallest)
+        shares = self._shares(schema, send["quartiles"], counts)
         components = _components(shares)
         columns: dict[str, Any] = {}
         for i, name in enumerate(names):
@@ -158,7 +164,7 @@ class Quality:
             fields = {name: real(len(values)) for name, values in shares.items()} | {"flags": real(len(numbers))}
             gathered = yield Round("own", Gather(), fields, send, optional=True)
             own = {site: self._own(gathered[site], names, numbers) for site in gathered}
-        withheld_parts = [name for name, marks in hidden.items() if marks.any()]
+        gone = [what for table, what in NEEDED.items() if np.isnan(counts[table]).any()]
         return {
             "quality": {
                 "rows": int(total["rows"]),
@@ -168,7 +174,7 @@ class Quality:
                 "columns": {name: _told(column) for name, column in columns.items()},
                 "newest_month": str(FIRST_MONTH + newest) if newest >= 0 else None,
                 "sites": own,
-                "note": f"withheld, and left out of the score: {', '.join(withheld_parts)}" if withheld_parts else "",
+                "note": f"withheld, and left out of the score, at least in part: {', '.join(gone)}" if gone else "",
             }
         }
 
@@ -194,26 +200,29 @@ class Quality:
 
     # ---------------------------------------------------------------- at the site
 
-    @handler("months", cells=MONTH)
+    @handler("months", cells=(TIMED, MONTH))
     def months(self, site: SiteView, task: Task) -> Reply:
-        """At the site: rows a month."""
+        """At the site: rows without and with a date, and of these rows a month."""
         *_, time = self._columns(site.table.schema)
         month = _months(site.table[time])
-        return {"months": np.bincount(month[month >= 0], minlength=MONTHS)}
+        months = np.bincount(month[month >= 0], minlength=MONTHS)
+        timed = np.array([len(month) - months.sum(), months.sum()])
+        return {"timed": timed, "months": np.stack([np.zeros_like(months), months])}
 
     @handler("counts", groups=("rows",), cells=TABLES)
     def counts(self, site: SiteView, task: Task) -> Reply:
-        """At the site: missing cells, duplicate rows, outliers, label classes, recent rows and unit flags."""
+        """At the site: missing cells, outliers, recent rows, label classes, repeated rows and unit flags."""
         return self._counted(site, task)
 
     @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
-        """At the site: its own shares; withheld unless its policy shares "metrics"."""
+        """At the site: its own shares, of counts that it may tell; withheld unless its policy shares "metrics"."""
         if not site.shares("metrics"):
             raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
-        found = self._counted(site, task)
+        found = judged(self._counted(site, task), TABLES, Rule(site.min_group_size))
         flags = (found["flags"] * np.array(POWERS)).sum(axis=1).astype(np.float64)
-        return {**_shares(found, self._judged_by(site, task)[0], found), "flags": flags}
+        counts = _known(found, TABLES, site.min_group_size)
+        return {**self._shares(site.table.schema, self._judged_by(site, task)[0], counts), "flags": flags}
 
     def _judged_by(self, site: SiteView, task: Task) -> tuple[Floats, int]:
         """(quartiles [numbers, 3], the newest month or −1): the same throughout a run; raises ProtocolError else."""
@@ -227,50 +236,73 @@ class Quality:
     def _counted(self, site: SiteView, task: Task) -> dict[str, Any]:
         table, (quartiles, newest) = site.table, self._judged_by(site, task)
         names, numbers, label, time = self._columns(table.schema)
-        flags = np.zeros((len(numbers), len(POWERS)), np.int64)
-        present, outliers = np.zeros(len(numbers), np.int64), np.zeros(len(numbers), np.int64)
+        flags, watched = np.zeros((len(numbers), len(POWERS)), np.int64), _watched(names, time)
+        missing = np.array([_missing(table, name) for name in watched], np.int64)
+        parts = np.zeros((len(watched), 2, 2), np.int64)
         for i, (name, (lower, median, upper)) in enumerate(zip(numbers, quartiles, strict=True)):
             values = table[name]
             values = values[~np.isnan(values)]
-            present[i], reach = len(values), self.params.outlier * (upper - lower) / 1.349
-            outliers[i] = (values < median - reach).sum() + (values > median + reach).sum() if reach > 0 else 0
+            reach = self.params.outlier * (upper - lower) / 1.349
+            far = int((values < median - reach).sum() + (values > median + reach).sum()) if reach > 0 else 0
+            parts[watched.index(name), 1] = len(values) - far, far
             if len(values) >= max(site.min_group_size, 1):
                 flags[i] = np.array(POWERS) == _power(float(np.median(values, overwrite_input=True)), float(median))
             site.progress(i + 1, len(numbers) + 1)
-        dated = np.zeros(2, np.int64)
         if time and newest >= 0:
             end = (FIRST_MONTH + newest + 1).astype("datetime64[D]")
             days = table[time].astype("datetime64[D]", copy=False)
             recent = int(((days >= end - self.params.recent_days) & (days < end)).sum())  # NaT is neither
-            dated[:] = recent, len(days) - int(np.isnat(days).sum()) - recent
+            parts[watched.index(time), 1] = recent, len(days) - int(np.isnat(days).sum()) - recent
         codes = table.codes(label) if label else np.zeros(0, np.int32)
         classes = len(table.schema.columns[label].values or ()) if label else 0
+        labels = np.bincount(codes[codes >= 0], minlength=classes)
+        again = duplicates(table)
         return {
             "rows": len(table),
-            "missing": np.array([_missing(table, name) for name in names], np.int64),
-            "present": present,
-            "outliers": outliers,
-            "duplicates": np.array([duplicates(table)]),
-            "labels": np.bincount(codes[codes >= 0], minlength=classes),
-            "dated": dated,
+            "cells": np.stack([missing, len(table) - missing], axis=-1),
+            "parts": parts,
+            "labelled": np.array([len(codes) - labels.sum(), labels.sum()]),
+            "labels": np.stack([np.zeros_like(labels), labels]),
+            "repeats": np.array([again, len(table) - again]),
             "flags": flags,
         }
 
+    def _shares(self, schema: TableSchema, quartiles: Floats, counts: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Each component's shares (of columns, or of one), from counts that are NaN where withheld."""
+        names, numbers, _, time = self._columns(schema)
+        watched, cells, labels = _watched(names, time), counts["cells"], counts["labels"][1]
+        parts = counts["parts"][:, 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share, within = labels / labels.sum(), parts[:, 0] / parts.sum(axis=1)
+            entropy = -np.where(share > 0, share * np.log(share), share * 0).sum() / np.log(len(labels))
+            plausible = within[[watched.index(name) for name in numbers]]
+            return {
+                "completeness": cells[: len(names), 1] / cells[: len(names)].sum(axis=1),
+                "uniqueness": counts["repeats"][1:] / counts["repeats"].sum(),
+                "plausibility": np.where(quartiles[:, 2] > quartiles[:, 0], plausible, np.nan),
+                "balance": np.array([entropy if len(labels) > 1 else np.nan]),
+                "timeliness": np.array([within[watched.index(time)] if time else np.nan]),
+            }
 
-def _shares(sums: Mapping[str, Any], quartiles: Floats, counts: Mapping[str, Any]) -> dict[str, Floats]:
-    """Each component's shares (of columns, or of one), from counts that are NaN where withheld."""
-    rows, present = float(sums["rows"]), np.asarray(sums["present"], np.float64)
-    labels, dated = (np.asarray(counts[name], np.float64) for name in ("labels", "dated"))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = labels / labels.sum()
-        entropy = -np.where(share > 0, share * np.log(share), share * 0).sum() / np.log(len(labels))
-        return {
-            "completeness": 1 - np.asarray(counts["missing"], np.float64) / rows,
-            "uniqueness": 1 - np.asarray(counts["duplicates"], np.float64) / rows,
-            "plausibility": np.where(quartiles[:, 2] > quartiles[:, 0], 1 - counts["outliers"] / present, np.nan),
-            "balance": np.array([entropy if len(labels) > 1 else np.nan]),
-            "timeliness": np.array([dated[0] / dated.sum()]),
-        }
+
+def _watched(names: list[str], time: str) -> list[str]:
+    """The columns whose cells are counted: *names* first."""
+    return [*names, time] if time and time not in names else names
+
+
+def _fields(shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, Any]:
+    """Declared counts of these shapes, and where they are withheld."""
+    marks = {f"{name}_withheld": withheld(shape) for name, shape in shapes.items()}
+    return {**{name: count(shape, bound=rows) for name, shape in shapes.items()}, **marks}
+
+
+def _known(counts: Mapping[str, Any], tables: Sequence[Cells], smallest: int) -> dict[str, Floats]:
+    """Counts by table, NaN where withheld; what a table before it splits is withheld with that table's cell."""
+    hidden = {table.counts: table.hidden(counts, smallest) for table in tables}
+    for table in tables:
+        for name in table.values:
+            hidden[name] |= hidden[table.counts][..., None]
+    return {name: np.where(marks, np.nan, counts[name]) for name, marks in hidden.items()}
 
 
 def _components(shares: Mapping[str, Floats]) -> dict[str, float]:

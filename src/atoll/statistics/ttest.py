@@ -3,9 +3,10 @@
 Parties: sites and coordinator. Messages: two groups: those of ``statistics.group_by``; else one round, one
 Sum, of the column's moments (of the pairs' differences), and a second one about the mean where the first
 lost digits. The coordinator learns, of the cohort's total, counts, sums and squares of each group (each site's
-under ``plain``); what too few people or mostly one person make is withheld, and then nothing is tested.
-Threat model: as the plan's protection. Dropout: the test of the survivors' rows. Cost: 25 bytes a site and
-round, or 50 for every group.
+under ``plain``), and how many have only one value of a pair. What too few people or mostly one person make is
+withheld, and then nothing is tested; so are pairs where fewer than k people have only one value, as a column's
+sum less that of the pairs would tell theirs. Threat model: as the plan's protection. Dropout: the test of the
+survivors' rows. Cost: 57 bytes a site and round, or 50 for every group.
 
 Sources: Student 1908; Welch 1947 (unequal variances, degrees of freedom); Cohen 1988, §2 (d).
 """
@@ -95,7 +96,9 @@ class TTest:
         told |= dict.fromkeys(shown) | {"confidence": asked.confidence, "note": ""}
         known = [sample for sample in samples if sample is not None]
         if len(known) < len(samples):
-            told["note"] = "withheld, so nothing is tested: too few people, or a few make most of the sum"
+            told["note"] = "withheld, so nothing is tested: too few people, or a few make most of the sum" + (
+                ", or have only one value of the pair" if asked.paired else ""
+            )
         elif min(sample[0] for sample in known) < 2:
             told["note"] = "too few values for a test"
         else:
@@ -162,9 +165,12 @@ class TTest:
                 "s1": real(1, bound=factor * rows, step=1e-9),
                 "s2": real(1, bound=factor**2 * rows, step=1e-9),
                 "withheld": withheld(1),
+                "single": count(2, bound=rows),
+                "left_out": count(bound=1),
             }
             total = yield Round("moments", Sum(), fields, {"center": np.array([center])}, sites=sites)
-            if VALUES.hidden(total, cohort.min_group_size).any():
+            few = (total["single"] > 0) & (total["single"] < cohort.min_group_size)
+            if VALUES.hidden(total, cohort.min_group_size).any() or few.any() or total["left_out"]:
                 return None
             sites, n = total.sites, max(int(total["count"][0]), 1)
             offset, square = half * float(total["s1"][0]) / n, half**2 * float(total["s2"][0]) / n
@@ -179,14 +185,20 @@ class TTest:
 
     @handler("moments", groups=("rows",), cells=VALUES)
     def moments(self, site: SiteView, task: Task) -> Reply:
-        """At the site: count and moments of the column (or of the pairs' differences) about the centre sent."""
+        """At the site: count and moments of the column (or of the pairs' differences) about the centre sent, and
+        how many rows have only the first, or the second, of a pair; nothing where these are few."""
         center, (_, half) = task.take("center", (1,)), self._scale(site.table.schema)
         column = site.table[self.params.column]
         other = site.table[self.params.paired] if self.params.paired else None
         counts, s1, s2, top = np.zeros(1, np.int64), np.zeros(1), np.zeros(1), np.zeros((1, TOP + 1))
+        single = np.zeros(2, np.int64)
         for start in range(0, len(column), SLICE):
             part = slice(start, start + SLICE)
-            values = column[part] if other is None else column[part] - other[part]
+            values = column[part]
+            if other is not None:
+                known = ~np.isnan(values), ~np.isnan(other[part])
+                single += (known[0] & ~known[1]).sum(), (known[1] & ~known[0]).sum()
+                values = values - other[part]
             values = values[~np.isnan(values)]
             add_largest(top, largest(values))
             z = (values - center[0]) / half
@@ -194,7 +206,10 @@ class TTest:
             s1 += z.sum()
             s2 += (z**2).sum()
             site.progress(min(part.stop, len(column)), len(column))
-        return {"rows": len(column), "count": counts, "s1": s1, "s2": s2, "top": top}
+        told = {"rows": len(column), "count": counts, "s1": s1, "s2": s2, "top": top, "single": single}
+        if other is not None and ((single > 0) & (single < site.min_group_size)).any():
+            return {**{name: np.zeros_like(array) for name, array in told.items()}, "left_out": 1}
+        return {**told, "left_out": 0}
 
 
 def _described(sample: Sample | None) -> dict[str, Any]:

@@ -43,12 +43,12 @@ class VIF:
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"vif": {"columns": {name: {"vif", "r_squared"}}, "rows", "notes"}}.
 
-        vif is None where it is infinite (r_squared is then 1) or undefined (a column that does not vary, or
-        withheld); *notes* names those columns.
+        vif is None where it is infinite (r_squared is then 1) or undefined (a column that does not vary), and of
+        all columns where one is withheld; *notes* names those columns.
         """
         found, _, std, matrix = yield from complete_cases(cohort, self.params.columns)
         names, notes = np.array(found["columns"]), list(found["notes"])
-        usable = ~np.isnan(matrix.diagonal()) & (std > 0)
+        usable = ~np.isnan(matrix.diagonal()) & (std > 0) & ~np.isnan(std).any()
         factors, explained = np.full(len(names), np.nan), np.full(len(names), np.nan)
         inner = matrix[np.ix_(usable, usable)]
         if usable.any() and not np.isnan(inner).any():
