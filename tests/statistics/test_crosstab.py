@@ -147,6 +147,32 @@ def test_a_sites_small_cells_never_leave_it(federation: Any) -> None:
                 assert found["counts"][i][j] in (None, int(((rows[a] == x) & (rows[b] == y)).sum()))
 
 
+@pytest.mark.parametrize("at_sites", [1, 5])
+def test_rows_with_one_missing_code_cannot_be_had_from_each_columns_own_counts(
+    federation: Any, drive: Any, at_sites: int
+) -> None:
+    """Every line of the table and its missing cell, whose sum a frequency table tells, hides two cells and k people."""
+    r = np.repeat([0.0, 1.0, 2.0], [50, 60, 70])
+    c = np.tile([0.0, 1.0], 90)
+    c[0] = np.nan
+    table = federation.table({"r": r, "c": c}, {"r": {"values": [0, 1, 2]}, "c": {"values": [0, 1]}})
+    found = crosstab(drive, {"a": table}, 5, at_sites, pairs=[["r", "c"]])[0]
+    assert None in found["counts"][0]  # else it and the 50 rows of code 0 tell the one without c
+    assert None not in found["counts"][2]
+    assert found["test"] is None
+    c[0] = 0.0
+    whole = federation.table({"r": r, "c": c}, {"r": {"values": [0, 1, 2]}, "c": {"values": [0, 1]}})
+    assert crosstab(drive, {"a": whole}, 5, at_sites, pairs=[["r", "c"]])[0]["test"] is not None
+
+
+@pytest.mark.parametrize(("last", "said"), [(20, "1 expected count is below 5"), (9, "")])
+def test_the_note_on_small_expected_counts(federation: Any, drive: Any, last: int, said: str) -> None:
+    cells = np.argwhere(np.ones((2, 2))).repeat([3 if said else 9, 9, 9, last], axis=0).astype(float)
+    table = federation.table({"r": cells[:, 0], "c": cells[:, 1]}, {"r": {"values": [0, 1]}, "c": {"values": [0, 1]}})
+    note = crosstab(drive, {"a": table}, pairs=[["r", "c"]])[0]["note"]
+    assert note == (f"{said}: the p-value is a rough one" if said else "")
+
+
 @pytest.mark.parametrize("column", ["real", "none"])
 def test_columns_without_a_code_list_are_refused(federation: Any, column: str) -> None:
     tables = sites(federation, 1, [9])

@@ -185,7 +185,7 @@ def test_a_large_group_at_one_value_is_told_exactly_and_a_small_one_is_not(feder
     tables = {s: federation.table({"x": [3] * 20 + [777] + [900] * 20}, columns) for s in ("a", "b")}
     column = quantiles(drive, tables, 5, probabilities=[0.25, 0.5, 0.75, 1]).result["quantiles"]["columns"]["x"]
     assert (column["values"][0], column["errors"][0]) == (3, 0)
-    assert [value + off for value, off in zip(column["values"], column["errors"], strict=True)][1:] == [900] * 3
+    assert [value + off for value, off in zip(column["values"], column["errors"], strict=True)][1:] == [900, 900, 1000]
     assert min(column["errors"][1:]) > 50  # so that nobody sees whether the one is at 777 or with the others
 
 
@@ -195,6 +195,42 @@ def test_extremes_are_never_single_values(federation: Any, drive: Any) -> None:
     (low, high), (low_off, high_off) = column["values"], column["errors"]
     assert low + low_off >= 42
     assert high - high_off <= 57
+
+
+@pytest.mark.parametrize("at_sites", [1, 5])
+@pytest.mark.parametrize("top", [[60.0, 60.0, 60.0, 60.001], [61.0, 70.0, 80.0, 99.9], [100.0] * 4])
+def test_where_the_extremes_are_changes_nothing_that_is_told(
+    federation: Any, drive: Any, at_sites: int, top: list[float]
+) -> None:
+    """The highest and lowest k − 1 people may be anywhere beyond the others: no answer depends on it."""
+
+    def asked(low: list[float], high: list[float]) -> Any:
+        rows = {"x": [*low, *np.linspace(40, 60, 300), *high]}
+        tables = {s: federation.table(rows, {"x": {"range": [0, 100]}}) for s in ("a", "b")[:at_sites]}
+        schema = tables["a"].schema
+        made = build("statistics.quantiles", {"probabilities": [0, 0.001, 0.5, 0.999, 1], "bins": 16})
+        return drive(made.coordinate(Cohort(tuple(tables), schema, 0, 5)), tables, rule=Rule(at_sites))
+
+    known, moved = asked([40.0] * 4, [60.0] * 4), asked([100 - x for x in top], top)
+    found = moved.result["quantiles"]["columns"]["x"]
+    reached = [value + off for value, off in zip(found["values"], found["errors"], strict=True)]
+    assert reached[-1] == 100
+    assert found["values"][0] - found["errors"][0] == 0
+    assert found["errors"][2] < 1
+    if at_sites == 5:
+        assert moved.result == known.result
+        for one, other in zip(known.replies, moved.replies, strict=True):
+            for name in one:
+                assert all(np.array_equal(one[name][key], other[name][key]) for key in ("low", "high", "count"))
+
+
+def test_a_range_much_wider_than_the_values_loses_little(federation: Any, drive: Any) -> None:
+    random = np.random.default_rng(9)
+    tables = {s: federation.table({"x": random.uniform(20, 100, 300)}, {"x": {"range": [0, 1e6]}}) for s in "abc"}
+    column = quantiles(drive, tables, 5, probabilities=[0.25, 0.5, 0.75]).result["quantiles"]["columns"]["x"]
+    assert max(column["errors"]) < 10
+    for p, value, off in zip(column["probabilities"], column["values"], column["errors"], strict=True):
+        assert abs(order_statistic(pooled(tables, "x"), p) - value) <= off
 
 
 def test_sums_alone_lose_nothing_to_a_sites_own_threshold(federation: Any, drive: Any) -> None:

@@ -211,6 +211,28 @@ def test_a_site_or_cohort_with_too_few_events_is_left_out(federation: Any, drive
     assert "withheld" in seen.result["survival"]["curves"]["all"]["note"]
 
 
+@pytest.mark.parametrize("at_sites", [1, 5])
+def test_the_longest_and_the_shortest_duration_are_not_told(federation: Any, drive: Any, at_sites: int) -> None:
+    days, event = np.random.default_rng(2).integers(8, 30, 300).astype(float), (np.arange(300) % 2).astype(float)
+    told = []
+    for low, high in ((1.0, 57.0), (6.0, 41.0)):
+        days[0], days[1] = low, high
+        table = federation.table({"days": days, "event": event}, {k: COLUMNS[k] for k in ("days", "event")})
+        steps = build("statistics.survival", {"duration": "days", "event": "event"}).coordinate(
+            Cohort(("a",), table.schema, 0, 5)
+        )
+        driven = drive(steps, {"a": table}, rule=Rule(at_sites))
+        curve = driven.result["survival"]["curves"]["all"]
+        left = curve["events_at"] + curve["censored_at"]
+        assert left[0] >= 5
+        assert left[-1] >= 5
+        assert curve["times"][-1] == 60
+        assert curve["times"][-2] < 30
+        check(curve, frame({"a": table}, "days"))
+        told.append((curve["times"].tolist(), left.tolist()))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     ("params", "code"),
     [

@@ -35,22 +35,26 @@ FEATURES = ["amount", "age", "code", "town", "single", "empty"]
 BINNINGS = ["equal", "quantile", "monotone", "optimal"]
 
 
-def site(federation: Any, random: np.random.Generator, n: int, shift: float, holes: float, town: str = "") -> Any:
+def site(
+    federation: Any, random: np.random.Generator, n: int, shift: float, holes: float, unlabelled: float, town: str = ""
+) -> Any:
     amount, age = np.clip(random.lognormal(8 + shift, 1.5, n), 0, 1e6), random.integers(0, 91, n).astype(float)
     y = (random.random(n) < 1 / (1 + np.exp(-(np.log(amount) - 9 + age / 90)))).astype(float)
     data = {"amount": amount, "age": age, "code": random.choice([5.0, 1.0, 2.0], n), "single": np.full(n, 3.0)}
     for values in data.values():
         values[random.random(n) < holes] = np.nan
-    y[random.random(n) < holes / 4] = np.nan
+    y[random.random(n) < unlabelled] = np.nan
     towns = random.choice([town] if town else ["east", "south", None], n)
     rest = {"town": towns, "empty": np.full(n, np.nan), "note": [None] * n, "y": y}
     return federation.table({**data, **rest}, COLUMNS)
 
 
-def sites(federation: Any, seed: int, sizes: list[int], holes: float = 0.1) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    made = {f"s{i}": site(federation, random, n, random.random(), holes) for i, n in enumerate(sizes)}
-    return {**made, "far": site(federation, random, max(sizes), 0.0, holes, town="north")}
+def sites(
+    federation: Any, seed: int, sizes: list[int], holes: float = 0.1, unlabelled: float | None = None
+) -> dict[str, Any]:
+    random, few = np.random.default_rng(seed), holes / 4 if unlabelled is None else unlabelled
+    made = {f"s{i}": site(federation, random, n, random.random(), holes, few) for i, n in enumerate(sizes)}
+    return {**made, "far": site(federation, random, max(sizes), 0.0, holes, few, town="north")}
 
 
 def woe(drive: Any, tables: dict[str, Any], smallest: int = 1, **params: Any) -> Any:
@@ -119,7 +123,7 @@ def test_equals_pandas_at_the_reported_edges(
     result, driven = woe(drive, tables, smallest, binning=binning)
     told = [name for name, reply in driven.replies[-1].items() if reply["telling"]]
     assert result["withheld_sites"] == len(tables) - len(told)
-    rows = frame({name: tables[name] for name in told})
+    rows = frame({name: tables[name] for name in told} or {"none": federation.table({n: [] for n in COLUMNS}, COLUMNS)})
     if result["positives"] is None or not 0 < rows["y"].mean() < 1:
         assert all(found["iv"] is None and found["note"] for found in result["features"].values())
         return
@@ -224,7 +228,7 @@ def test_text_codes_are_merged_by_their_rate(federation: Any, drive: Any) -> Non
 
 @pytest.mark.parametrize("binning", BINNINGS)
 def test_what_a_site_tells_counts_no_small_group(federation: Any, drive: Any, binning: str) -> None:
-    tables = sites(federation, 5, [150, 300, 4], holes=0.02)
+    tables = sites(federation, 5, [150, 300, 4], holes=0.02, unlabelled=0.0)
     result, driven = woe(drive, tables, 5, binning=binning)
     assert result["withheld_sites"] == 1
     sizes = build("statistics.woe", {"target": "y", "binning": binning})._sizes(tables["s0"].schema)
@@ -236,6 +240,45 @@ def test_what_a_site_tells_counts_no_small_group(federation: Any, drive: Any, bi
             groups = np.diff(reply["below"][:, part][:, told], axis=1, prepend=0, append=reply["labels"][:, None])
             assert ((groups == 0) | (groups >= 5)).all()
     assert not driven.replies[-1]["s2"]["labels"].any()
+
+
+@pytest.mark.parametrize(("unlabelled", "parts"), [(2, 0), (10, 2), (100, 4)])
+def test_rows_without_a_label_cannot_be_had_from_all_rows(
+    federation: Any, drive: Any, unlabelled: int, parts: int
+) -> None:
+    """The counts of all rows at the same edges (a frequency table's) less the labelled ones: nobody or k rows."""
+    random = np.random.default_rng(3)
+    x, y = np.sort(random.uniform(0, 100, 4000)), (random.random(4000) < 0.5).astype(float)
+    y[:: 4000 // unlabelled] = np.nan
+    table = federation.table({"x": x, "y": y}, {"x": {"range": [0, 100]}, "y": COLUMNS["y"]})
+    result, driven = woe(drive, {"a": table}, 5, binning="equal", bins=5)
+    reply = driven.replies[0]["a"]
+    assert (result["withheld_sites"], int(reply["telling"])) == ((1, 0) if unlabelled < 5 else (0, 1))
+    cuts = np.flatnonzero(reply["told"][1:]) * 20.0 + 20
+    assert len(cuts) >= parts - 1 if parts else not len(cuts)
+    everyone = np.array([(x <= cut).sum() for cut in cuts], int)
+    labelled = reply["below"].sum(axis=0)[1:][reply["told"][1:] == 1]
+    if parts:
+        gaps = np.diff(everyone - labelled, prepend=0, append=np.isnan(y).sum())
+        assert ((gaps == 0) | (gaps >= 5)).all()
+    else:
+        assert not reply["labels"].any()
+        assert not reply["below"].any()
+
+
+def test_extremes_are_not_told(federation: Any, drive: Any) -> None:
+    random, told = np.random.default_rng(8), []
+    x, y = random.uniform(40, 60, 400), (random.random(400) < 0.4).astype(float)
+    for low, high in ((1.0, 99.0), (33.0, 66.0)):
+        x[0], x[1] = low, high
+        table = federation.table({"x": x, "y": y}, {"x": {"range": [0, 100]}, "y": COLUMNS["y"]})
+        result, driven = woe(drive, {"a": table}, 5, binning="equal", bins=50)
+        bins = result["features"]["x"]["bins"]
+        assert bins[0]["count"] >= 5
+        assert bins[-1]["count"] >= 5
+        assert result["features"]["x"]["missing"] is None
+        told.append((bins, driven.replies[0]["a"]["below"].tolist()))
+    assert told[0] == told[1]
 
 
 def test_few_missing_cells_are_not_told_apart(federation: Any, drive: Any) -> None:
@@ -267,7 +310,7 @@ def test_a_site_cannot_be_asked_around_its_earlier_answers(federation: Any) -> N
 
 
 def test_policies_are_kept_in_a_real_federation(federation: Any) -> None:
-    tables = sites(federation, 7, [400, 600])
+    tables = sites(federation, 7, [400, 600], unlabelled=0.0)
     strict = Policy.sandbox().model_copy(update={"min_group_size": 10})
     plan = federation.plan("statistics.woe", {"target": "y"}, tables, run={"min_group_size": 10})
     outcome = federation.run(plan, tables, dict.fromkeys(tables, strict))

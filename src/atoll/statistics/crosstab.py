@@ -1,14 +1,16 @@
 """Cross-tables of two code lists, and the chi-square test of their independence.
 
 Parties: sites and coordinator. Messages: one round, one Sum. The coordinator learns, of the cohort's
-total: for each pair of columns, the rows that have each combination of their codes (rows where either
-is missing count nowhere); under ``plain`` each site's. Small cells and their complement, along rows and
-columns, are withheld. Threat model: as the plan's protection. Dropout: the tables of the survivors.
-Cost: one round, 9 bytes a cell.
+total: for each pair of columns, the rows that have each combination of their codes, a missing one being a
+code of its own; under ``plain`` each site's. Small cells and their complement, along rows and columns, are
+withheld: a code's rows are told by ``statistics.frequency``, so those where the other code is missing are
+part of that line, though not reported. Threat model: as the plan's protection. Dropout: the tables of the
+survivors. Cost: one round, 9 bytes a cell.
 
-A test needs every cell, so where one is withheld it is not computed, and the result says so. Codes that
-nobody has leave the test, as in ``scipy.stats.chi2_contingency`` on the pooled cross-table, to which
-it is equal. Cramér's V is without bias correction and without Yates' (Cramér 1946, §21.9).
+Tables and tests are of the rows that have both codes. A test needs every cell, so where one is withheld it is
+not computed, and the result says so. Codes that nobody has leave the test, as in
+``scipy.stats.chi2_contingency`` on the pooled cross-table, to which it is equal. Cramér's V is without bias
+correction and without Yates' (Cramér 1946, §21.9).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Crosstab:
         self.params = params
 
     def _sizes(self, schema: TableSchema) -> NDArray[np.int64]:
-        """Number of codes of each pair, [num_pairs, 2]."""
+        """Number of codes of each pair, without the missing one, [num_pairs, 2]."""
         listed = {n: len(c.values) for n, c in schema.columns.items() if c.values and c.role != "ignore"}
         if bad := sorted({name for pair in self.params.pairs for name in pair} - set(listed)):
             raise PlanError("plan.bad-column", "crosstab needs columns with a list of values", field=", ".join(bad))
@@ -60,7 +62,7 @@ class Crosstab:
         and the note says why.
         """
         sizes = self._sizes(cohort.schema)
-        shape = (len(sizes), int(sizes[:, 0].max()), int(sizes[:, 1].max()))
+        shape = (len(sizes), int(sizes[:, 0].max()) + 1, int(sizes[:, 1].max()) + 1)
         fields = {"counts": count(shape, bound=cohort.schema.max_rows), "withheld": withheld(shape)}
         total = yield Round("tables", Sum(), fields)
         hidden, tables = CELLS.hidden(total, cohort.min_group_size), []
@@ -96,16 +98,17 @@ class Crosstab:
             "expected": expected.tolist(),
             "cramers_v": math.sqrt(plain / (table.sum() * least)) if least else None,
         }
-        return test, f"{few} expected counts are below 5: the p-value is a rough one" if few else ""
+        said = "1 expected count is" if few == 1 else f"{few} expected counts are"
+        return test, f"{said} below 5: the p-value is a rough one" if few else ""
 
     @handler("tables", cells=CELLS)
     def tables(self, site: SiteView, task: Task) -> Reply:
-        """At the site: rows with each combination of codes, for each pair."""
+        """At the site: rows with each combination of codes and, after the last one, of missing ones, for each pair."""
         sizes = self._sizes(site.table.schema)
-        found = np.zeros((len(sizes), sizes[:, 0].max(), sizes[:, 1].max()), np.int64)
+        found = np.zeros((len(sizes), sizes[:, 0].max() + 1, sizes[:, 1].max() + 1), np.int64)
         for i, ((rows, columns), (r, c)) in enumerate(zip(self.params.pairs, sizes, strict=True)):
             row, column = site.table.codes(rows), site.table.codes(columns)
-            cell = np.where((row >= 0) & (column >= 0), row.astype(np.int64) * c + column, r * c)
-            found[i, :r, :c] = np.bincount(cell, minlength=r * c + 1)[:-1].reshape(r, c)
+            cell = np.where(row < 0, r, row).astype(np.int64) * (c + 1) + np.where(column < 0, c, column)
+            found[i, : r + 1, : c + 1] = np.bincount(cell, minlength=(r + 1) * (c + 1)).reshape(r + 1, c + 1)
             site.progress(i + 1, len(sizes))
         return {"counts": found}

@@ -4,11 +4,12 @@ Parties: sites and coordinator. Messages: one round, one Sum. The coordinator le
 total: for each code of each column the rows that have it, and those without a value; for each other
 numeric column its count, and bounds of the cumulative counts at the bins' edges; under ``plain`` each
 site's. Codes are told apart by withholding small cells and their complement. Bins have an order, so a
-site cuts a column only where at least its own smallest group (or nobody) is between two cuts, and
-the coordinator keeps the edges at which all sites did: a bin that is small at one site is merged with
-its neighbour, and every count of a merged bin is exact (see ``statistics.quantiles``). Threat model: as
-the plan's protection. Dropout: the tables of the survivors. Cost: one round, 9 bytes a code and
-16 bytes a bin.
+site cuts a column only where at least its own smallest group (or nobody) is between two cuts, and at
+least that group in the first and the last part, so that no empty bin shows where an extreme is. The
+coordinator keeps the edges at which all sites cut and that pass the same test for the cohort: a bin that
+is small at one site is merged with its neighbour, and every count of a merged bin is exact (see
+``statistics.quantiles``). Threat model: as the plan's protection. Dropout: the tables of the survivors.
+Cost: one round, 9 bytes a code and 16 bytes a bin.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class Frequency:
         {"kind": "histogram", "edges", "counts", "count", "withheld_sites"}}}}.
 
         Withheld counts are None. A bin holds low < x ≤ high (the first one also its lowest edge); bins of
-        fewer than the plan's smallest group are merged. withheld_sites: how many had too few values to tell,
-        and are not in count.
+        fewer than the plan's smallest group, and an empty first or last one, are merged. withheld_sites: how many
+        had too few values to tell, and are not in count.
         """
         codes, edges = self._columns(cohort.schema)
         rows = cohort.schema.max_rows

@@ -9,12 +9,16 @@ definition 1).
 
 Small groups. A site that others see alone (``site.min_group_size`` = k > 1) cuts its column only
 where every part between neighbouring cuts, of this and of all earlier rounds of the run, holds nobody
-or k people, so that no difference of two of its answers counts fewer than k. In between it tells
-two bounds: the counts at the cuts below and above. The coordinator adds both, so its bracket holds
-the true quantile always, and widens, by at most the values between two cuts of each site. Sites with
-fewer than k values of a column are withheld by their gates; their k − 1 possible values widen the
-bracket also. And a bracket stops shrinking where fewer than the plan's k people would be left in it:
-no extreme value and no one person's value is reported; the reported error is the wider bracket's.
+or k people, so that no difference of two of its answers counts fewer than k; the first and the last
+part hold k people, never nobody. In between it tells two bounds: the counts at the cuts below and above.
+Of its k lowest and k highest people it never tells more than that they are such: at a point beyond all
+but fewer than k people, the bounds are 0 and k, or n − k and n. So nobody sees where an extreme is. The
+coordinator adds the bounds, so its bracket holds the true quantile always, and widens, by at most the
+values between two cuts of each site, and k. Sites with fewer than k values of a column are withheld by
+their gates; their k − 1 possible values widen the bracket also. And a bracket stops shrinking where fewer
+than the plan's k people would be left in it, and a quantile among the cohort's k lowest or highest people
+keeps the range's end: no extreme value and no one person's value is reported; the reported error is the
+wider bracket's.
 
 The coordinator learns, of the cohort's total: each column's count, and bounds of its cumulative
 counts at the grid points asked; under ``plain`` each site's, cut as above. Threat model: as the plan's
@@ -122,7 +126,7 @@ class _Nearest:
                     self._point[c, i], self._below[c, i], self._off[c, i] = probes[c, at, best], low[best], off[best]
 
     def cuts(self, column: int, grid: Grid, n: int, smallest: int) -> dict[str, list[float]]:
-        """Those of one column that leave at least *smallest* people, and somebody, between them."""
+        """Those of one column that leave at least *smallest* people, and somebody, beside them."""
         found = np.isfinite(self._off[column])
         below, first = np.unique(self._below[column][found], return_index=True)
         points = grid.at(self._point[column][found][first])
@@ -206,15 +210,18 @@ class Quantiles:
     ) -> Floats:
         """The brackets between *probes* [columns, 1 or probabilities, bins + 1] that hold the quantiles, [*shape, 2].
 
-        A bracket keeps at least *smallest* people; it is opened to the grid's end where the quantile left it.
+        A bracket keeps at least *smallest* people; it is opened to the grid's end where the quantile left it, or is
+        among the *smallest* lowest or highest people.
         """
-        found = np.empty((*shape, 2))
+        found, tail = np.empty((*shape, 2)), _tail(smallest)
         for c in range(shape[0]):
             n, unknown = int(total["count"][c]), int(total["withheld"][c]) * (smallest - 1)
             for i, p in enumerate(self.params.probabilities):
                 at = min(i, probes.shape[1] - 1)
-                points, low, high = probes[c, at], total["low"][c, at], total["high"][c, at] + unknown
-                bottom, end = points < 0, points >= top[c]
+                points, bottom, end = probes[c, at], probes[c, at] < 0, probes[c, at] >= top[c]
+                low, _ = _bounds(total["low"][c, at], n, tail)
+                _, high = _bounds(total["high"][c, at], n, tail)
+                low, high = np.where(end, n, low), high + unknown
                 rank = max(math.ceil(Fraction(str(p)) * n), 1)
                 latest = max(math.ceil(Fraction(str(p)) * (n + unknown)), 1)
                 below, reached = np.flatnonzero((high < rank) | bottom), np.flatnonzero((low >= latest) | end)
@@ -276,24 +283,45 @@ def cumulative(
 
     Both bounds are the count itself where the site may cut (see the module); *lowest* and *highest* clip values.
     """
+    smallest, tail = site.min_group_size, _tail(site.min_group_size)
     column = site.table[name]
     values = column[~np.isnan(column)]
     np.clip(values, lowest, highest, out=values)
     values.sort()
     known = f"cuts of {name}"
     before = site.state.get(known, np.zeros(0))
-    asked = np.concatenate([before, np.unique(edges[np.isfinite(edges)])])
-    cuts, reached = cut(asked, np.searchsorted(values, asked, "right"), len(values), site.min_group_size)
-    if site.min_group_size > 1 and len(cuts) > len(before):
+    n, new = len(values), np.unique(edges[np.isfinite(edges)])
+    below = np.searchsorted(values, new, "right")
+    low_tail, high_tail = below < tail, n - below < tail  # the innermost points of either say all that the others do
+    asked = np.concatenate([before, new[~low_tail & ~high_tail], new[low_tail][-1:], new[high_tail][:1]])
+    below = np.searchsorted(values, asked, "right")
+    cuts, _ = cut(asked, np.minimum(np.maximum(below, tail), n - tail), n, smallest)
+    if smallest > 1 and len(cuts) > len(before):
         site.state[known] = cuts
-    reached = np.concatenate([[0], reached, [len(values)]])
+    low, high = _bounds(np.searchsorted(values, cuts, "right"), n, tail)
     left, right = (np.searchsorted(cuts, edges, side) for side in ("left", "right"))
-    return len(values), reached[right], reached[left + 1]
+    return n, np.concatenate([[0], low])[right], np.concatenate([high, [n]])[left]
+
+
+def _tail(smallest: int) -> int:
+    """How many of the lowest, and of the highest, people are not told apart."""
+    return smallest if smallest > 1 else 0
+
+
+def _bounds(
+    below: NDArray[np.integer[Any]], total: int, tail: int
+) -> tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]:
+    """Bounds of counts *below* that do not tell which of the *tail* lowest and highest of *total* people are in."""
+    if total < 2 * tail:
+        return np.zeros_like(below), np.full_like(below, total)
+    low = np.where(below < tail, 0, np.minimum(below, total - tail))
+    return low, np.where(total - below < tail, total, np.maximum(below, tail))
 
 
 def cut(edges: Floats, below: NDArray[np.integer[Any]], total: int, smallest: int) -> tuple[Floats, NDArray[np.int64]]:
     """(cuts, people at or below each): of *edges*, in turn, those that leave nobody or at least *smallest* of
-    *total* people between them and the cuts beside them. below: people at or below each edge."""
+    *total* people between them and the cuts beside them, and at least *smallest* below the first and above the last
+    one, never nobody: that would tell an extreme. below: people at or below each edge."""
     if smallest <= 1:
         cuts, first = np.unique(edges, return_index=True)
         return cuts, below[first].astype(np.int64)
@@ -302,7 +330,10 @@ def cut(edges: Floats, below: NDArray[np.integer[Any]], total: int, smallest: in
     for edge, people in zip(edges.tolist(), below.tolist(), strict=True):
         place = bisect_right(kept, edge)
         parts = (people - reached[place], reached[place + 1] - people)
-        if all(part == 0 or part >= smallest for part in parts) and not (place and kept[place - 1] == edge):
+        inner = (place > 0, place < len(kept))  # whether a part may be empty: the first and the last may not
+        if not (place and kept[place - 1] == edge) and all(
+            part >= smallest or (part == 0 and may) for part, may in zip(parts, inner, strict=True)
+        ):
             kept.insert(place, edge)
             reached.insert(place + 1, people)
     return np.array(kept), np.array(reached[1:-1], np.int64)

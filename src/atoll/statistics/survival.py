@@ -12,7 +12,8 @@ rows leave before, or after, the interval's events).
 
 Small groups. No single event's time is told: a site that others see alone (``site.min_group_size`` = k > 1) tells
 its counts at an end only where both parts of the time axis beside it hold nobody or k events, and nobody or k censored
-rows, of that group (``statistics.cuts``); the coordinator keeps what every site told and what
+rows, of that group, and the first and the last part at least k rows, so that neither the shortest nor the longest
+duration is told (``statistics.cuts``); the coordinator keeps what every site told and what
 passes the same test for the cohort. Small intervals are thus merged (*note*). The log-rank test uses the
 ends that all groups share. A site whose group has fewer than k events (and more than none), or k censored
 rows, is left out of that group, and counted in *withheld_sites*.

@@ -22,11 +22,14 @@ a site's groups beside it are small; what is told *at* the edges is exact.
 
 Small groups. Missing cells and pre-bins form one row of parts, and a site that others see alone
 (``site.min_group_size`` = k > 1) tells the count at an edge only if both parts beside it, as cut so far in
-the run, hold nobody or k rows of *each* label: no difference of two of its answers counts fewer. All sites
+the run, hold nobody or k rows of *each* label, and of none, which subtracting from the counts of all rows would
+tell: no difference of two of its answers counts fewer. The lowest and the highest part of an ordered feature hold k
+rows, never nobody, so that no extreme is told. All sites
 try edges in one order, halving the row, so that they mostly agree. The coordinator keeps edges that every site
 told and that pass the same test for the cohort with the plan's k. Bins too small are thus merged with their
 neighbours and said to be (*note*), missing cells with the lowest bin; no number is guessed. A site with
-fewer than k rows of either label is left out, and counted in *withheld_sites*.
+fewer than k rows of either label, or of none (and more than none), is left out, and counted in *withheld_sites*;
+a recipe that drops rows without a label keeps it in.
 
 The coordinator learns, of the cohort's total: counts by label up to every edge, and what the quantiles
 program says; under ``plain`` each site's, cut as above. Threat model: as the plan's protection; a coordinator
@@ -86,6 +89,11 @@ class _Feature:
             raise PlanError("plan.bad-column", "woe needs numeric columns, or columns with a code list", field=name)
         low, high = column.bounds()
         return _Feature(name, column, np.linspace(low, high, bins + 1)[1:-1] if binning == "equal" else None)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether it has extremes: names have none."""
+        return self.column.numeric
 
     def places(self, site: SiteView) -> Floats:
         """At the site: the cells on the scale of *edges*, NaN where missing, [num_rows]."""
@@ -214,8 +222,14 @@ class Woe:
             below[:, part], told[part] = _up_to(site, feature, label, np.append(-np.inf, asked))
             site.progress(number, len(features))
         rows = np.bincount(label, minlength=3)
-        telling = int(((rows[:2] == 0) | (rows[:2] >= site.min_group_size)).all())
-        return {"labels": rows[:2], "unlabelled": rows[2:], "below": below, "told": told, "telling": telling}
+        telling = int(((rows == 0) | (rows >= site.min_group_size)).all())
+        return {
+            "labels": rows[:2] * telling,
+            "unlabelled": rows[2:],
+            "below": below * telling,
+            "told": told * telling,
+            "telling": telling,
+        }
 
     # ---------------------------------------------------------------- at the coordinator
 
@@ -228,7 +242,7 @@ class Woe:
             return {**found, "note": UNDEFINED}
         edges = np.asarray(feature.edges)
         order = [place for place in _order(len(edges) + 1) if exact[place]]
-        cuts = kept(below, labels, order, smallest)
+        cuts = kept(below, labels, order, smallest, start=0, ordered=feature.ordered)
         counts = np.diff(below[cuts], axis=0, prepend=np.zeros((1, 2), np.int64), append=labels[None])
         apart = cuts[:1] == [0]
         spans = list(zip([0, *cuts], [*cuts, len(edges) + 1], strict=True))
@@ -306,16 +320,17 @@ def _up_to(site: SiteView, feature: _Feature, label: NDArray[np.int8], asked: Fl
     place = np.searchsorted(np.append(levels, np.inf), feature.places(site))  # missing cells come last of all
     place *= 3
     place += label
-    counts = np.bincount(place, minlength=3 * (len(levels) + 2)).reshape(-1, 3)[:, :2]
+    counts = np.bincount(place, minlength=3 * (len(levels) + 2)).reshape(-1, 3)
     counts[0] = counts[-1]
     reached = np.cumsum(counts[:-1], axis=0)
     order = np.searchsorted(levels, np.concatenate([before, asked[_order(len(asked))]]))
-    cuts = kept(reached, reached[-1], order.tolist(), site.min_group_size)
+    # of the three classes: rows without a label are the difference of what is told here and of all rows
+    cuts = kept(reached, reached[-1], order.tolist(), site.min_group_size, start=0, ordered=feature.ordered)
     if site.min_group_size > 1 and len(cuts) > len(before):
         site.state[known] = levels[cuts]
     at = np.searchsorted(levels, asked)
     told = np.isin(at, cuts)
-    return np.where(told, reached[at].T, 0), told.astype(np.int64)
+    return np.where(told, reached[at, :2].T, 0), told.astype(np.int64)
 
 
 def _order(size: int) -> list[int]:
