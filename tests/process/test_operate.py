@@ -347,7 +347,7 @@ def test_table_deleted_while_running(federation: Any, wait_until: Any) -> None:
 
 
 def test_full_disk_at_a_site(federation: Any, wait_until: Any) -> None:
-    limit = 200 << 10
+    limit = 400 << 10
 
     def small_disk() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
