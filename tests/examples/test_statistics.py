@@ -131,6 +131,13 @@ def test_banks_moments_correlation_and_inflation(credit: dict[str, Any], banks: 
         assert told["vif"] == pytest.approx(wanted[name], rel=1e-7)  # inverting amplifies rounding
 
 
+@pytest.mark.slow
+def test_banks_over_the_network(credit: dict[str, Any], atoll_data: Path, tmp_path: Path) -> None:
+    networked = run("credit-statistics", atoll_data / "default-credit-uci", tmp_path, transport="grpc")
+    assert networked["output"] == credit["output"]
+    assert networked["statistics"] == credit["statistics"]
+
+
 # ---------------------------------------------------------------- four health offices
 
 
