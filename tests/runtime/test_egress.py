@@ -18,12 +18,15 @@ from hypothesis.extra import numpy as npst
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import AtollError, DisclosureError, IntegrityError, PolicyError, ProtocolError
 from atoll.contract.program import Handler
+from atoll.contract.protection import Choice, Terms
 from atoll.contract.rounds import Field, TaskId, count, opaque, real
 from atoll.contract.wire import body_parts, canonical_json
 from atoll.crypto.identity import Identity, verify
+from atoll.crypto.session import Session
 from atoll.ledger.entry import verify_entry
 from atoll.runtime.egress import EgressGate, Request, body_digest
 from atoll.runtime.journal import Journal
+from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
 
 IDENTITY = Identity.generate("north")
@@ -35,12 +38,13 @@ class Doubled:
 
     name = "doubled"
     reveals = True
+    attempts = False
     capabilities = Capabilities("doubled")
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
 
-    def protect(self, step: str, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
+    def answer(self, step: str, party: Any, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
         assert step == "reply"
         self.seen.append({name: array.copy() for name, array in arrays.items()})
         return {name: array * 2 for name, array in arrays.items()}
@@ -49,7 +53,7 @@ class Doubled:
 class Plain(Doubled):
     name = "plain"
 
-    def protect(self, step: str, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
+    def answer(self, step: str, party: Any, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
         return arrays
 
 
@@ -66,7 +70,10 @@ def request(fields: dict[str, Field], groups: str = "", reduce: str = "sum", tas
 
 
 def release(journal: Journal, asked: Request, reply: Any, policy: Policy | None = None, **more: Any) -> Any:
-    values = {"protection": Plain(), "state": {}, **more}
+    roster = {"north": IDENTITY.public}
+    terms = Terms(TASK.run, TASK.round, TASK.attempt, roster, "roster-hash", 1, Choice(sum="plain"))
+    party = Own("north", terms, Session(Session.fresh()), {}, {}, IDENTITY.sign, policy or Policy())
+    values = {"protection": Plain(), "party": party, "state": {}, **more}
     return EgressGate(policy or Policy(), journal).release(asked, reply, **values)
 
 
@@ -315,7 +322,7 @@ def test_a_journal_that_is_read_only_lets_nothing_out(journal: Journal) -> None:
 
 def test_a_protection_that_fails_lets_nothing_out(journal: Journal) -> None:
     class Failing(Plain):
-        def protect(self, step: str, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
+        def answer(self, step: str, party: Any, arrays: dict[str, Any], fields: Any) -> dict[str, Any]:
             raise ProtocolError("protection.failed", "no")
 
     error = nothing_left(journal, request({"x": real()}), {"x": 1.0}, ProtocolError, protection=Failing())

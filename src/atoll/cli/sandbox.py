@@ -81,7 +81,7 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     if machine:
         show.as_json(found)
         raise SystemExit(1 if problems else 0)
-    show.out.print(f"plan [bold]{plan.name}[/]  {plan.program} under {plan.protection or 'no protection'}")
+    show.out.print(f"plan [bold]{plan.name}[/]  {plan.program} under {plan.protection.sum}")
     show.out.print(f"hash {plan.hash}", style="dim")
     if found["sites"]:
         words = {True: "keeps the contract", False: "blocked"}

@@ -114,7 +114,7 @@ def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
     for run, opened in waiting:
         plan = Plan.from_json(opened["plan"])
         show.say(f"{plan.name}  run {run}", style="bold")
-        show.say(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection}")
+        show.say(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection.sum}")
         show.say(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
         show.say(f"  sites {', '.join(opened['roster'])}")
         show.say(f"  plan hash {opened['hash']}", style="dim")

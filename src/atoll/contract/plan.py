@@ -7,7 +7,7 @@
     recipe: recipe.yaml
     program: horizontal.glm
     params: {family: logistic, target: disease, features: [age, sex]}
-    protection: plain
+    protection: secagg              # default where all rounds are Sum
     cohort: {min_sites: 3}
     run: {seed: 7, holdout: 0.3333333333, deadline_s: 60}
 
@@ -23,6 +23,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from atoll.contract.protection import Choice
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import Options, read_yaml, validate
 from atoll.contract.wire import Json, canonical_json
@@ -85,9 +86,14 @@ class Plan(_Part):
     recipe: Recipe = Recipe()
     program: str
     params: Options = Field(default_factory=dict)
-    protection: str = ""
+    protection: Choice = Choice()
     cohort: CohortRule = CohortRule()
     run: RunSettings = RunSettings()
+
+    @field_validator("protection", mode="before")
+    @classmethod
+    def _named(cls, value: Json) -> Json:
+        return {"sum": value} if isinstance(value, str) else value
 
     def to_json(self) -> dict[str, Json]:
         """The plan with schema and recipe embedded, as it is hashed, stored and sent."""

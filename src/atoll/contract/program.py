@@ -36,6 +36,7 @@ from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.rounds import Reply, Round, Steps, Task, Yielded
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Record
 from atoll.contract.settings import validate
 from atoll.contract.wire import Array, Json
 
@@ -107,12 +108,14 @@ class SiteView(Protocol):
 @dataclass(frozen=True, slots=True)
 class Cohort:
     """The coordinator half's view of a run: who takes part, the prepared tables' schema, and the fewest
-    people that the plan lets it report in one cell."""
+    people that the plan lets it report in one cell. exact: sums come without noise; else counts may be off,
+    squares less than they should be, and matrices not positive definite: report what can be, and fail at nothing."""
 
     sites: tuple[str, ...]
     schema: TableSchema
     seed: int = 0
     min_group_size: int = 1
+    exact: bool = True
 
 
 class Program(Protocol):
@@ -134,13 +137,15 @@ class Handler:
 
     reduce: the reduction its replies are meant for. groups: reply fields that count people, to
     each element of which the site's minimum group size applies: one that is too small stops the release.
-    cells: tables of the reply whose single cells are withheld instead.
+    cells: tables of the reply whose single cells are withheld instead. record: by how much one record can
+    change the reply; None where that is not bounded, so that no noise hides a record.
     """
 
     answer: Callable[[Any, SiteView, Task], Reply]
     reduce: str
     groups: frozenset[str]
     cells: tuple[Cells, ...] = ()
+    record: Record | None = None
 
 
 REGISTRY: dict[str, type[Any]] = {}
@@ -165,13 +170,14 @@ def handler(
     reduce: Literal["sum", "gather", "stream"] = "sum",
     groups: tuple[str, ...] = (),
     cells: Cells | tuple[Cells, ...] = (),
+    record: Record | None = None,
 ) -> Callable[[H], H]:
     """Mark a method as the site's answer to rounds called *name* (see :class:`Handler`)."""
 
     tables = (cells,) if isinstance(cells, Cells) else cells
 
     def mark(method: H) -> H:
-        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables))
+        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables, record))
         return method
 
     return mark

@@ -2,19 +2,64 @@
 
 A protection is sans-IO, as programs are. Its coordinator half is a generator that turns
 one Round into exchanges with sites and finally returns the sum; the driver merely
-carries them. Its site half turns a handler's checked, bounded reply into what leaves.
+carries them. Its site half answers each exchange; in step "reply" it turns a handler's
+checked, bounded reply into what leaves. What a site must remember from one exchange to
+the next is saved with the release that led to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from pydantic import Field as Option
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import PlanError
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
+
+REPLY = "reply"
+"""The step in which the program's handler answers; every protection has exactly one."""
+
+
+class Choice(BaseModel):
+    """A plan's ``protection``: a name alone, or with options.
+
+    sum: the protection's name. adversary: "curious" (a coordinator that follows the protocol and looks), or "active"
+    (one that does not: a higher threshold). key_holder: the site that can decrypt (default: the first by name).
+    key_bits: of its Paillier modulus.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sum: str = ""
+    adversary: Literal["curious", "active"] = "curious"
+    key_holder: str = ""
+    key_bits: int = Option(default=3072, ge=2048, le=8192)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all parties agree on before a round; it enters every key's label and every signature.
+
+    roster: the cohort's public identity keys (raw) by site, ordered by name. roster_hash: of it. attempt:
+    how often the coordinator began the round anew. min_sites: fewest whose sum the plan accepts.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    roster: Mapping[str, bytes]
+    roster_hash: str
+    min_sites: int
+    choice: Choice
+
+    def label(self, *parts: str | int) -> tuple[str | int, ...]:
+        """Names one purpose within this attempt at this round of this run among this roster."""
+        return (self.run, self.roster_hash, self.round, self.attempt, *parts)
 
 
 class Received(Protocol):
@@ -29,16 +74,70 @@ class Received(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """One request to *sites* within a round. step "reply" runs the program's handler."""
+    """One request to *sites* within a round. send: to all of them; send_to: extras for single sites.
+
+    Fields are what must come back. Step "reply" runs the program's handler, and carries the round's own arrays.
+    """
 
     step: str
     sites: tuple[str, ...]
     fields: Mapping[str, Field]
     send: Mapping[str, Any] = field(default_factory=dict)
+    send_to: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+OWN = "protection: "
+"""Marks, in a task's message, the arrays of an exchange; the others are the round's."""
+
+
+def parted(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """A task's arrays as (those of the round, those of the exchange)."""
+    own = {name.removeprefix(OWN): value for name, value in arrays.items() if name.startswith(OWN)}
+    return {name: value for name, value in arrays.items() if not name.startswith(OWN)}, own
 
 
 Replies = Mapping[str, Received]
 """Verified replies by site, in cohort order; sites that dropped out are absent."""
+
+
+class SessionKey(Protocol):
+    """A site's key for one run (see ``crypto.session``)."""
+
+    public: bytes
+
+    def pair(self, other: bytes, *purpose: str | int | bytes) -> bytes: ...
+
+    def seal(self, receiver: bytes, about: bytes, data: bytes) -> bytes: ...
+
+    def unseal(self, sender: bytes, about: bytes, sealed: bytes) -> bytes: ...
+
+
+class Party(Protocol):
+    """What the site half of a protection may use."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def terms(self) -> Terms: ...
+
+    @property
+    def session(self) -> SessionKey: ...
+
+    @property
+    def sent(self) -> Mapping[str, Array]:
+        """The arrays that came with the exchange: untrusted."""
+
+    @property
+    def state(self) -> dict[str, Array]:
+        """What this protection remembers in this run; saved with the release that it leads to."""
+
+    def sign(self, data: bytes) -> bytes:
+        """By the site's identity. Callers prefix a context of their own."""
+
+    def commit(self, survivors: Sequence[str]) -> None:
+        """Bind the site to one set of sites whose sum may be told of what it last replied. Raises PolicyError where
+        they are too few for its policy, and DisclosureError where the same was told of nearly the same sites."""
 
 
 class Protection(Protocol):
@@ -48,12 +147,18 @@ class Protection(Protocol):
     capabilities: Capabilities
     reveals: bool
     """Does the coordinator see each site's share? Then the site's gate applies disclosure control to it."""
+    attempts: bool
+    """Has it several exchanges? Then a coordinator that lost its place begins the round as a new attempt."""
 
-    def combine(self, asked: Round, sites: Sequence[str]) -> Generator[Exchange, Replies, Summed]:
-        """Coordinator half: yields exchanges, is sent the replies, returns the sum."""
+    def combine(
+        self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]
+    ) -> Generator[Exchange, Replies, Summed]:
+        """Coordinator half: yields exchanges, is sent the replies, returns the sum. sessions: the sites' signed
+        session keys."""
 
-    def protect(self, step: str, arrays: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
-        """Site half: what leaves instead of *arrays* (declared *fields*, checked and clipped)."""
+    def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
+        """Site half: what leaves in *step*. reply: in step "reply", what the handler answered to the round's
+        *fields*, checked and clipped; else empty."""
 
 
 PROTECTIONS: dict[str, Protection] = {}
@@ -65,14 +170,7 @@ def register(protection: Protection) -> None:
 
 
 def find(name: str) -> Protection:
-    """The protection *name*; raises PlanError when it is unknown or was left out."""
-    if not name:
-        raise PlanError(
-            "plan.no-protection",
-            "the plan names no protection",
-            field="protection",
-            remedy=f"write one of: {', '.join(sorted(PROTECTIONS))}",
-        )
+    """The protection *name*; raises PlanError when it is unknown."""
     if name not in PROTECTIONS:
         raise PlanError(
             "plan.unknown-protection",

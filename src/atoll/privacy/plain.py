@@ -14,7 +14,7 @@ import numpy as np
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import AtollError
-from atoll.contract.protection import Exchange, Replies, register
+from atoll.contract.protection import REPLY, Exchange, Party, Replies, Terms, register
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
 
@@ -46,16 +46,19 @@ class Plain:
 
     name = "plain"
     reveals = True
+    attempts = False
     capabilities = Capabilities("protection 'plain'", offers=frozenset({"sum", "gather", "stream"}))
 
-    def combine(self, asked: Round, sites: Sequence[str]) -> Generator[Exchange, Replies, Summed]:
+    def combine(
+        self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]
+    ) -> Generator[Exchange, Replies, Summed]:
         """One exchange, then a sum in cohort order."""
-        replies = yield Exchange("reply", tuple(sites), asked.reply)
+        replies = yield Exchange(REPLY, tuple(sites), asked.reply)
         return Summed(add_up(replies, asked.reply), tuple(replies))
 
-    def protect(self, step: str, arrays: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
+    def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
         """Nothing is hidden from the coordinator."""
-        return arrays
+        return reply
 
 
 register(Plain())

@@ -15,12 +15,15 @@ from typing import Any
 
 from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
-from atoll.contract.protection import Exchange, Replies, find
+from atoll.contract.program import build, handler_of
+from atoll.contract.protection import Exchange, Replies, Terms, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
-from atoll.runtime.courier import Courier, Flights, all_of, unbroken
+from atoll.runtime.courier import Courier, Flights, all_of, session_of, unbroken
+from atoll.runtime.egress import check_groups
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import summarise
+from atoll.runtime.roster import roster_hash
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -95,6 +98,7 @@ class _Run:
         self.courier.owe(_owed(owner.store, run))
         self.flights = Flights(self.courier)
         self.opened: set[str] = set()
+        self.sessions: dict[str, bytes] = {}
         self.absent: dict[str, int] = {}
         self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
@@ -158,14 +162,21 @@ class _Run:
         self, asked: Round, number: int, sites: tuple[str, ...], replies: dict[str, list[Incoming]]
     ) -> Summed:
         """Carry the protection's exchanges until it has the sum."""
-        combining = find(self.plan.protection).combine(asked, sites)
+        protection, choice = find(self.plan.protection.sum), self.plan.protection
+        attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
+        least, keys = self.plan.cohort.min_sites, {s: bytes.fromhex(k) for s, k in sorted(self.roster.items())}
+        terms = Terms(self.run, number, attempt, keys, roster_hash(self.roster), least, choice)
+        combining = protection.combine(asked, sites, terms, self.sessions)
         step: Exchange | Summed = next(combining)
         while isinstance(step, Exchange):
-            arrived = await self.exchange(asked, number, step)
+            arrived = await self.exchange(asked, number, step, attempt)
             for site, incoming in arrived.items():
                 replies.setdefault(site, []).append(incoming)
             large = any(incoming.head.body_bytes > SMALL_BYTES for incoming in arrived.values())
             step = await asyncio.to_thread(_advance, combining, arrived) if large else _advance(combining, arrived)
+        if not protection.reveals:
+            groups = handler_of(build(asked.program, asked.params), asked.name).groups
+            check_groups(step.arrays, groups, self.plan.run.min_group_size)
         return step
 
     async def finish(
@@ -265,6 +276,7 @@ class _Run:
                 refusals.append(answer)
             else:
                 self.opened.add(site)
+                self.sessions[site] = session_of(answer.meta)
                 if isinstance(rows := answer.meta.get("rows"), int):
                     self.rows[site] = rows
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
@@ -302,7 +314,7 @@ class _Run:
 
     # ---------------------------------------------------------------- exchanges
 
-    async def exchange(self, asked: Round, number: int, exchange: Exchange) -> dict[str, Incoming]:
+    async def exchange(self, asked: Round, number: int, exchange: Exchange, attempt: int = 0) -> dict[str, Incoming]:
         """Verified replies of one exchange, in cohort order; sites that dropped out are absent.
 
         Raises the first failure that is not a dropout.
@@ -310,7 +322,7 @@ class _Run:
 
         async def one(site: str) -> Incoming | None:
             try:
-                return await self.courier.ask(asked, number, exchange, site)
+                return await self.courier.ask(asked, number, exchange, site, attempt)
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
                 if _is_dropout(error):

@@ -10,9 +10,10 @@ from typing import Any
 from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
-from atoll.contract.protection import Exchange
+from atoll.contract.protection import OWN, REPLY, Exchange
 from atoll.contract.rounds import Arrival, Field, Round, Sum, TaskId
 from atoll.contract.wire import Head, Json, Message
+from atoll.crypto.session import SIGNED_BYTES
 from atoll.runtime.receipts import verify_release
 from atoll.runtime.roster import roster_hash
 from atoll.transport.base import Progress, Transport
@@ -40,9 +41,9 @@ class Courier:
         check = expect("opened", site=site, step="open", trace=self._run)
         return await self._transport.request(site, Message("open", meta), self._plan.run.deadline_s, check, progress)
 
-    async def ask(self, asked: Round, number: int, exchange: Exchange, site: str) -> Incoming:
+    async def ask(self, asked: Round, number: int, exchange: Exchange, site: str, attempt: int = 0) -> Incoming:
         """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
-        task = TaskId(self._run, number, 0, exchange.step, site)
+        task = TaskId(self._run, number, attempt, exchange.step, site)
         owed = list(self._owed.get(site, []))
         meta: dict[str, Json] = {
             "id": str(task),
@@ -51,12 +52,14 @@ class Courier:
             "program": asked.program,
             "version": REGISTRY[asked.program].version,
             "params": asked.params,
-            "fields": {name: declared.to_json() for name, declared in exchange.fields.items()},
+            "fields": {name: declared.to_json() for name, declared in asked.reply.items()},
             "reduce": asked.reduce.tag,
             "view": asked.view,
             "receipts": owed,
         }
-        message = Message("task", meta, {**asked.send, **asked.send_to.get(site, {}), **exchange.send})
+        own = {OWN + name: value for name, value in {**exchange.send, **exchange.send_to.get(site, {})}.items()}
+        sent = {**asked.send, **asked.send_to.get(site, {})} if exchange.step == REPLY else {}
+        message = Message("task", meta, {**sent, **own})
         where = {"site": site, "round": number, "step": f"{asked.program}/{asked.name}", "trace": self._run}
         check = expect("release", exchange.fields, **where)
         incoming = await self._transport.request(site, message, self._plan.run.deadline_s, check)
@@ -132,6 +135,17 @@ def expect(kind: str, fields: Mapping[str, Field] | None = None, **where: Any) -
             declared[spec.name].check(spec.name, spec)
 
     return check
+
+
+def session_of(meta: Mapping[str, Json]) -> bytes:
+    """The signed session key that a site opened a run with; raises ProtocolError when it is none."""
+    try:
+        signed = bytes.fromhex(str(meta["session"]))
+    except (KeyError, ValueError):
+        signed = b""
+    if len(signed) != SIGNED_BYTES:
+        raise ProtocolError("session.malformed", "a site opened the run without a session key", field="session")
+    return signed
 
 
 async def all_of(requests: Iterable[Any]) -> list[Any]:

@@ -19,18 +19,17 @@ import numpy as np
 from atoll.contract.disclosure import Rule, judged
 from atoll.contract.errors import DisclosureError, PolicyError
 from atoll.contract.program import Handler
-from atoll.contract.protection import Protection
+from atoll.contract.protection import REPLY, Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.runtime.journal import Journal, Receipt
-from atoll.runtime.memory import Query
+from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent;
-    query: what is to be remembered of it."""
+    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent."""
 
     task: TaskId
     program: str
@@ -40,7 +39,6 @@ class Request:
     plan: str
     roster: str
     question: str = ""
-    query: Query | None = None
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
@@ -59,11 +57,12 @@ class EgressGate:
         asked: Request,
         reply: Mapping[str, Any],
         protection: Protection,
+        party: Own,
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
     ) -> Message:
-        """The release message for a handler's *reply*, durably recorded together with *state*
-        and the coordinator's *receipts* for earlier releases.
+        """The release message for a handler's *reply*, durably recorded together with the program's *state*,
+        that of its protection, and the coordinator's *receipts* for earlier releases.
 
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
@@ -72,9 +71,22 @@ class EgressGate:
         arrays = as_arrays(told, asked.fields)
         for name, declared in asked.fields.items():
             declared.check_finite(name, arrays[name], undefined=asked.handler.reduce == "gather")
-        self._check_groups(arrays, asked.handler.groups)
+        if protection.reveals:  # else the coordinator half checks the cohort's total
+            check_groups(arrays, asked.handler.groups, self._policy.min_group_size)
         arrays, clipped = _clip(arrays, asked.fields)
-        arrays = protection.protect(asked.task.step, arrays, asked.fields)
+        arrays = protection.answer(REPLY, party, arrays, asked.fields)
+        party.replied(asked.question)
+        return self._send(asked, arrays, protection, party, state, receipts, clipped)
+
+    def relay(self, asked: Request, protection: Protection, party: Own, receipts: Sequence[Receipt] = ()) -> Message:
+        """The release message of a protection's own exchange: keys, shares, signatures, and no reply."""
+        arrays = protection.answer(asked.task.step, party, {}, asked.fields)
+        return self._send(asked, arrays, protection, party, None, receipts, 0)
+
+    def _send(
+        self, asked: Request, arrays: dict[str, Array], protection: Protection, party: Own,
+        state: Mapping[str, Array] | None, receipts: Sequence[Receipt], clipped: int,
+    ) -> Message:  # fmt: skip
         specs, parts = body_parts(arrays)
         digest = hashlib.sha256()
         for part in parts:
@@ -97,19 +109,20 @@ class EgressGate:
             "digest": body_digest(specs, digest.digest()),
         }
         task = asked.task
+        kept = None if protection.reveals else party.state
         return self._journal.store_release(
-            str(task), task.run, asked.program, body, arrays, state, receipts, asked.query
+            str(task), task.run, asked.program, body, arrays, state, receipts, party.query, kept
         )
 
-    def _check_groups(self, arrays: Mapping[str, Array], groups: frozenset[str]) -> None:
-        for name, array in arrays.items():
-            if name in groups and ((array > 0) & (array < self._policy.min_group_size)).any():
-                raise DisclosureError(
-                    "disclosure.small-group",
-                    f"fewer than {self._policy.min_group_size} people are behind a released count",
-                    field=name,
-                    remedy="use coarser groups or more rows; the site's policy sets min_group_size",
-                )
+
+def check_groups(arrays: Mapping[str, Array], groups: frozenset[str], min_group_size: int) -> None:
+    """Raise DisclosureError where fewer than *min_group_size* people, and more than none, are in a group."""
+    for name in groups & arrays.keys():
+        if ((arrays[name] > 0) & (arrays[name] < min_group_size)).any():
+            raise DisclosureError(
+                "disclosure.small-group", f"fewer than {min_group_size} people are behind a released count",
+                field=name, remedy="use coarser groups or more rows; the site's policy sets min_group_size",
+            )  # fmt: skip
 
 
 def too_large() -> PolicyError:

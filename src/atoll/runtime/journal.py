@@ -17,11 +17,15 @@ from pathlib import Path
 
 from atoll.contract.errors import IntegrityError, ProtocolError
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
+from atoll.crypto.session import Session
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
 from atoll.runtime.memory import Query
 
 OPEN = ("pending", "approved", "running")
 """Statuses of a run that is neither closed nor denied."""
+
+PROTECTION = "atoll protection"
+"""Under this name, in place of a program's, a run's protection keeps its state."""
 
 ENDS = ("finished", "failed", "cancelled")
 """How a coordinator may end a run."""
@@ -51,6 +55,11 @@ def not_running(status: str) -> ProtocolError:
     )  # fmt: skip
 
 
+def _before(program: str) -> str:
+    """Under which name the state before the last round that changed it is kept."""
+    return f"{program} before"
+
+
 class Journal:
     """Safe for threads of one process; other processes may read, and write settings."""
 
@@ -59,7 +68,7 @@ class Journal:
         self._lock = threading.RLock()
         self._path = Path(path)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        settings = ("journal_mode=WAL", "synchronous=FULL")
+        settings = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")  # keys are gone when they are deleted
         for pragma in settings if durable else ("locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF"):
             self._db.execute(f"PRAGMA {pragma}")
         self._db.executescript(_TABLES)
@@ -125,9 +134,11 @@ class Journal:
 
     # -- releases and state
 
-    def begin(self, task: str, run: str, program: str) -> tuple[str, Message | None, dict[str, Array]]:
+    def begin(
+        self, task: str, run: str, program: str, number: int = -1
+    ) -> tuple[str, Message | None, dict[str, Array]]:
         """What a task meets: the run's status ("unknown" if it was never announced), the release already
-        made for it (or None), and the program's saved per-run state (empty at first).
+        made for it (or None), and the program's saved per-run state before round *number* (empty at first).
 
         Raises IntegrityError when the release was acknowledged, and is no longer kept.
         """
@@ -142,7 +153,16 @@ class Journal:
         if seq is not None and stored is None:
             raise IntegrityError("release.acknowledged", "the release was acknowledged and is no longer kept")
         release = None if stored is None else decode(stored or self._large(seq).read_bytes())
-        return status or "unknown", release, decode(arrays).arrays if arrays else {}
+        state = decode(arrays) if arrays else Message("state")
+        if number >= 0 and state.meta.get("round") == number:  # another attempt at the round that changed it
+            return status or "unknown", release, self.state(run, _before(program))
+        return status or "unknown", release, state.arrays
+
+    def state(self, run: str, program: str) -> dict[str, Array]:
+        """What *program* keeps in *run*; empty at first."""
+        with self._lock:
+            row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
+        return decode(row[0]).arrays if row else {}
 
     def _large(self, seq: int) -> Path:
         """Where a release too large for the database is kept."""
@@ -182,9 +202,10 @@ class Journal:
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
         query: Query | None = None,
+        protection: Mapping[str, Array] | None = None,
     ) -> Message:
-        """Ledger entry, release, state (None: as it was), receipts and what is remembered of the *query*,
-        in one transaction.
+        """Ledger entry, release, the program's state and its protection's (None: as it was), receipts and what is
+        remembered of the *query*, in one transaction.
 
         Returns the message that may now leave; raises DisclosureError if the query was asked before of
         nearly the same rows.
@@ -203,14 +224,33 @@ class Journal:
                 row = (seq, task, run, entry["hash"], self._keep(seq, message))
                 self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
                 if state is not None:
-                    stored = encode_bytes(Message("state", {}, dict(state)))
-                    self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, stored))
+                    self._store_state(run, program, state, int(body.get("round", -1)))
+                if protection is not None:
+                    self._put_state(run, PROTECTION, Message("state", {}, dict(protection)))
         except BaseException:
             if seq is not None:  # what was written of a large release would keep the disk full
                 self._forget([seq])
             raise
         self._forget(large)
         return message
+
+    def _store_state(self, run: str, program: str, state: Mapping[str, Array], number: int) -> None:
+        """Keep the state, and the one before its round, should the round be asked anew."""
+        row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
+        if row and number >= 0 and decode(row[0]).meta.get("round") != number:
+            self._put_state(run, _before(program), decode(row[0]))
+        self._put_state(run, program, Message("state", {"round": number}, dict(state)))
+
+    def _put_state(self, run: str, program: str, state: Message) -> None:
+        self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, encode_bytes(state)))
+
+    def session(self, run: str) -> bytes:
+        """The private session key in *run*, 32 bytes: made when first asked for, forgotten when the run ends."""
+        with self.transaction():
+            if not (known := self.setting(f"session {run}")):
+                known = Session.fresh().hex()
+                self._db.execute("INSERT OR REPLACE INTO setting VALUES (?, ?)", (f"session {run}", known))
+        return bytes.fromhex(known)
 
     def _remember(self, query: Query) -> None:
         asked = "SELECT cells, cohort FROM asked JOIN rowset USING (digest) WHERE key = ?"
@@ -288,6 +328,8 @@ class Journal:
                 note = "\n".join(filter(None, (note, heard)))
                 self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
                 self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
+                self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
+                self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
 
     def set_note(self, run: str, note: str) -> None:
         """Tell the site's own operator something about a run, unless it was closed."""

@@ -5,8 +5,8 @@ tells their values: the difference of the two answers. So the journal keeps, wit
 release, what was asked and a *sketch* of the rows it was asked of, and refuses a question that
 was asked before about rows that differ by 1 … k − 1.
 
-Under a protection that hides a site's share, the cohort is remembered too: the same rows asked of
-a cohort that has one site more or less would tell that site's share.
+Under a protection that hides a site's share, the cohort is remembered too, and whose sum was told of the very same
+question: the same rows asked of a cohort that has one site more or less would tell that site's share.
 
 What this does not stop: another program that tells the same, cells that a recipe changes where rows
 stay who they are, and iterations that are near-repeats. All are what differential privacy is for.
@@ -15,12 +15,13 @@ stay who they are, and iterations that are near-repeats. All are what differenti
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from atoll.contract.errors import DisclosureError
-from atoll.contract.wire import Json, Message, body_parts, canonical_json
+from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.data.sketch import Sketch
 
 
@@ -31,10 +32,10 @@ def query_key(dataset: str, message: Message) -> str:
     return hashlib.sha256(b"atoll query 1\0" + canonical_json(asked)).hexdigest()
 
 
-def question_digest(message: Message) -> str:
-    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent arrays."""
-    asked: Json = {name: message.meta[name] for name in ("params", "view", "fields")}
-    specs, parts = body_parts(message.arrays)
+def question_digest(meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> str:
+    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent *arrays*."""
+    asked: Json = {name: meta[name] for name in ("params", "view", "fields")}
+    specs, parts = body_parts(arrays)
     digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
     for part in parts:
         digest.update(part)
@@ -50,6 +51,7 @@ class Query:
     rows: Sketch
     cohort: frozenset[str]
     min_group_size: int
+    min_sites: int = 1
 
     @property
     def digest(self) -> str:
@@ -67,10 +69,12 @@ class Query:
                 field="repeats",
                 remedy="ask about disjoint, closed periods; the site's operator decides: policy.yaml, 'repeats'",
             )
-        if not changed.any() and self.cohort and cohort and len(self.cohort ^ cohort) == 1:
+        apart = len(self.cohort ^ cohort) if self.cohort and cohort else 0
+        if not changed.any() and 0 < apart < max(self.min_sites, 2):
             raise DisclosureError(
                 "disclosure.cohort-differencing",
-                "the same was asked before, of a cohort that differs by one site",
+                f"the same was asked before, of a cohort that differs by {apart} sites",
                 field="repeats",
-                remedy="keep the cohort, or change it by two sites; the operator decides: policy.yaml, 'repeats'",
+                remedy=f"keep the cohort, or change it by {max(self.min_sites, 2)} sites; the operator decides: "
+                "policy.yaml, 'repeats'",
             )

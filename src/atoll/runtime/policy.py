@@ -73,9 +73,9 @@ class Policy(BaseModel):
         problems: list[AtollError] = []
         if not self._allows(self.purposes, plan.purpose):
             problems.append(_refused("policy.purpose", f"purpose {plan.purpose!r} is not allowed", "purposes"))
-        if not self._allows(self.protections, plan.protection):
+        if not self._allows(self.protections, plan.protection.sum):
             problems.append(
-                _refused("policy.protection", f"protection {plan.protection!r} is not allowed", "protections")
+                _refused("policy.protection", f"protection {plan.protection.sum!r} is not allowed", "protections")
             )
         if num_sites < self.min_sites:
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))

@@ -8,10 +8,8 @@ in the journal's note and the site's log, under the run's trace id.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,43 +17,28 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
+from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build, handler_of
-from atoll.contract.protection import Protection, find
+from atoll.contract.protection import REPLY, Protection, Terms, find, parted
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
+from atoll.crypto.session import Session, claim
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
+from atoll.runtime.approval import Progress, await_approval
 from atoll.runtime.egress import EgressGate, Request, too_large
-from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
+from atoll.runtime.journal import ENDS, PROTECTION, Journal, Receipt, not_running
 from atoll.runtime.memory import Query, query_key, question_digest
+from atoll.runtime.party import Own, View
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
 from atoll.runtime.study import Permitted, check_plan
 
 log = logging.getLogger("atoll.site")
-Progress = Callable[[Mapping[str, Json]], None]
-
-
-class _View:
-    """What one handler call may touch (see :class:`atoll.contract.program.SiteView`)."""
-
-    def __init__(
-        self, name: str, tables: tuple[Table, Table], state: dict[str, Array], tell: Callable[[float, float], None],
-        share: tuple[str, ...], min_group_size: int,
-    ) -> None:  # fmt: skip
-        self.name, (self.table, self.holdout), self.state = name, tables, state
-        self._tell, self._share, self.min_group_size = tell, share, min_group_size
-
-    def progress(self, done: float, total: float) -> None:
-        self._tell(done, total)
-
-    def shares(self, what: str) -> bool:
-        return what in self._share
 
 
 @dataclass
@@ -64,8 +47,9 @@ class _Opened:
 
     plan: Plan
     hash: str
-    roster: str
-    cohort: frozenset[str]
+    roster: Mapping[str, str]
+    roster_hash: str
+    session: Session
     permitted: Permitted
     program: dict[bytes, Program] = field(default_factory=dict)
     data: SiteData | None = None
@@ -79,7 +63,7 @@ class Site:
         coordinator_public: bytes,
     ) -> None:  # fmt: skip
         """data: reads, checks and prepares the site's own table for a plan. coordinator_public: pinned at enrolment."""
-        self.name = identity.name
+        self.name, self._sign = identity.name, identity.sign
         self._journal, self._policy, self._data = journal, policy, data
         self._coordinator = coordinator_public
         self._gate = EgressGate(policy, journal)
@@ -143,7 +127,7 @@ class Site:
                 "roster.not-me", "the roster holds another key under this site's name", field="roster",
                 remedy="tell the coordinator's operator: this site's identity was replaced",
             )  # fmt: skip
-        self._await_approval(run, roster, progress)
+        await_approval(self._journal, self._policy, self.name, run, roster, progress)
         if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
             with self._lock(run):
                 rows = sum(map(len, self._prepared(self._opened(run), {})))
@@ -151,36 +135,14 @@ class Site:
             self._journal.record(
                 "joined",
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
-                 "protection": plan.protection, "roster": announced["roster_hash"]},
+                 "protection": plan.protection.sum, "roster": announced["roster_hash"]},
             )  # fmt: skip
             self._journal.advance(run, "approved", "running")
         told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share else ""
-        return Message("opened", {"re": message.meta["id"], "rows": int(told) if told else None})
-
-    def _await_approval(self, run: str, roster: Mapping[str, str], progress: Progress) -> None:
-        """Return once roster and study are approved, by policy or by the operator; raise when denied."""
-        told = -1.0
-        while True:
-            status = self._journal.status(run)
-            if status in ("approved", "running"):
-                return
-            if status == "denied":
-                raise PolicyError(
-                    "policy.denied", "the site's operator did not approve the study", field="approval",
-                    remedy="talk to the site's operator",
-                )  # fmt: skip
-            if status != "pending":
-                _must_be_running(status)
-            known = {**json.loads(self._journal.setting("roster") or "{}"), self.name: roster[self.name]}
-            roster_right = self._policy.roster == "automatic" or all(known.get(s) == k for s, k in roster.items())
-            study_right = self._policy.approval == "automatic" or self._journal.setting(f"approved {run}") == "yes"
-            if roster_right and study_right:
-                self._journal.advance(run, "pending", "approved")
-            elif time.monotonic() - told > 1:
-                progress({"waiting": "approval of the study" if roster_right else "approval of the roster"})
-                told = time.monotonic()
-            else:
-                time.sleep(0.1)
+        public = Session(self._journal.session(run)).public
+        signed = public + self._sign(claim(run, announced["roster_hash"], self.name, public))
+        answer = {"re": message.meta["id"], "rows": int(told) if told else None, "session": signed.hex()}
+        return Message("opened", answer)
 
     # ---------------------------------------------------------------- tasks
 
@@ -189,12 +151,12 @@ class Site:
         if task.site != self.name:
             raise ProtocolError("task.misdirected", "the task is for another site", field="site")
         with self._lock(task.run):
-            status, release, state = self._journal.begin(str(task), task.run, str(meta["program"]))
+            status, release, state = self._journal.begin(str(task), task.run, str(meta["program"]), task.round)
             _must_be_running(status)
             receipts = self._verified(meta["receipts"])
             if release is None:
                 release = self._answer(task, message, progress, state, receipts)
-            elif release.meta["entry"]["body"]["question"] != question_digest(message):
+            elif release.meta["entry"]["body"]["question"] != question_digest(meta, message.arrays):
                 raise ProtocolError("task.changed", "the task was asked before, in other words")
             else:
                 self._journal.acknowledge(receipts)
@@ -214,6 +176,15 @@ class Site:
         fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
         if sum(declared.size_bytes for declared in fields.values()) > self._policy.max_message_bytes:
             raise too_large()
+        protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
+        sent, own = parted(message.arrays)
+        party = self._party(opened, task, own, protection)
+        asked = Request(
+            task, program.name, str(meta["name"]), handler, fields, opened.hash, opened.roster_hash,
+            question_digest(meta, message.arrays),
+        )  # fmt: skip
+        if task.step != REPLY:
+            return self._gate.relay(asked, protection, party, receipts)
         before = dict(state)
         if meta["view"]:
             self._journal.pin_view(task.run, meta["view"])
@@ -222,23 +193,26 @@ class Site:
             _must_be_running(self._journal.status(task.run))
             progress({"done": round(done / max(total, 1), 2), "total": 1})  # not how many rows there are
 
-        protection = find(opened.plan.protection if handler.reduce == "sum" else "plain")
         smallest = self._policy.min_group_size if protection.reveals else 1
-        view = _View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share, smallest)
+        view = View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share, smallest)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
-        reply = handler.answer(program, view, Task(task, message.arrays, words))
+        reply = handler.answer(program, view, Task(task, sent, words))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
-        query = self._query(opened, message, view, protection) if self._policy.repeats == "refuse" else None
-        who, question = (opened.hash, opened.roster), question_digest(message)
-        asked = Request(task, program.name, str(meta["name"]), handler, fields, *who, question, query)
-        return self._gate.release(asked, reply, protection, state if changed else None, receipts)
+        if self._policy.repeats == "refuse":
+            rows = np.stack([view.table.sketch, view.holdout.sketch])
+            cohort = frozenset[str]() if protection.reveals else frozenset(opened.roster)
+            limits = self._policy.min_group_size, self._policy.min_sites
+            party.query = Query(query_key(opened.plan.dataset, message), rows, cohort, *limits)
+        return self._gate.release(asked, reply, protection, party, state if changed else None, receipts)
 
-    def _query(self, opened: _Opened, message: Message, view: _View, protection: Protection) -> Query:
-        """What the journal is to remember of a task, so that no other is its near repeat."""
-        rows = np.stack([view.table.sketch, view.holdout.sketch])
-        cohort = frozenset[str]() if protection.reveals else opened.cohort
-        return Query(query_key(opened.plan.dataset, message), rows, cohort, self._policy.min_group_size)
+    def _party(self, opened: _Opened, task: TaskId, sent: Mapping[str, Array], protection: Protection) -> Own:
+        """What *protection* may use for a task."""
+        plan, roster = opened.plan, {s: bytes.fromhex(k) for s, k in sorted(opened.roster.items())}
+        least, choice = plan.cohort.min_sites, plan.protection
+        terms = Terms(task.run, task.round, task.attempt, roster, opened.roster_hash, least, choice)
+        state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
+        return Own(self.name, terms, opened.session, sent, state, self._sign, self._policy)
 
     def _program(self, opened: _Opened, name: str, params: Json) -> Program:
         """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
@@ -261,7 +235,8 @@ class Site:
                 _, opened, _ = self._journal.run(run) or ("", {}, "")
                 plan = Plan.from_json(opened["plan"])
                 self._runs[run] = _Opened(
-                    plan, opened["hash"], opened["roster_hash"], frozenset(opened["roster"]), Permitted(plan)
+                    plan, opened["hash"], opened["roster"], opened["roster_hash"],
+                    Session(self._journal.session(run)), Permitted(plan),
                 )  # fmt: skip
             return self._runs[run]
 

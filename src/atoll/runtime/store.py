@@ -56,6 +56,11 @@ UNTOLD = sa.Table(
     sa.Column("site", sa.String(64), primary_key=True), sa.Column("run", sa.String(32), primary_key=True),
     sa.Column("status", sa.String(40), nullable=False), sa.Column("error", sa.Text, nullable=False),
 )  # fmt: skip
+ATTEMPTS = sa.Table(
+    "attempts", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+)  # fmt: skip
 LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True), sa.Column("line", sa.Text))
 SITES = sa.Table(
     "sites", _meta,
@@ -177,6 +182,17 @@ class RunStore:
         return json.loads(text), model.arrays
 
     # -- rounds
+
+    def begin_attempt(self, run: str, number: int) -> int:
+        """How often round *number* was begun before: 0 at first, one more after every restart within it."""
+        here = (ATTEMPTS.c.run == run, ATTEMPTS.c.number == number)
+        with self._begin() as db:
+            before = db.execute(sa.select(ATTEMPTS.c.attempt).where(*here)).scalar()
+            if before is None:
+                db.execute(ATTEMPTS.insert().values(run=run, number=number, attempt=0))
+                return 0
+            db.execute(ATTEMPTS.update().where(*here).values(attempt=before + 1))
+            return int(before) + 1
 
     def finish_round(
         self, run: str, number: int, stage: str, name: str, seconds: float, reduced: Message,

@@ -39,7 +39,7 @@ def check_plan(plan: Plan) -> Program:
     except PlanError as error:
         problems.append(error)
     try:
-        protection = find(plan.protection)
+        protection = find(plan.protection.sum)
         if program is not None:
             problems.extend(conflicts([program.capabilities, protection.capabilities]))
     except PlanError as error:

@@ -1,0 +1,159 @@
+"""Reals and counts as integers modulo a power of two, wide enough for the cohort's sum.
+
+x becomes round(x / step). A field of bound B needs numbers up to ±n·(B/step + 1) for n sites;
+it is put into the narrowest ring of 32, 64 or 128 bits that holds them, and refused where none does. So
+nothing overflows, and the sum's error is at most n·step/2 on each element (counts: none).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from atoll.contract.errors import PlanError
+from atoll.contract.rounds import Field
+from atoll.contract.wire import Array
+from atoll.crypto.prg import Stream, pieces_of
+
+WIDTHS = (32, 64, 128)
+PIECE = 1 << 15
+"""Elements converted at a time, so that intermediates stay in cache."""
+
+
+def width_of(name: str, field: Field, num_sites: int) -> int:
+    """Bits of the ring for a field; raises PlanError when it is unbounded, has no step, or does not fit."""
+    if None in field.shape or field.bound is None or not field.step:
+        raise PlanError(
+            "ring.unbounded", "a masked sum needs a declared shape, bound and step", field=name,
+            remedy="declare them in the program's round, or choose protection plain",
+        )  # fmt: skip
+    bits = math.log2(2 * num_sites * (field.bound / field.step + 1) + 1)
+    for width in WIDTHS:
+        if bits <= width - 1e-9:
+            return width
+    raise PlanError(
+        "ring.too-wide", f"the sum of {num_sites} sites needs a ring of {math.ceil(bits)} bits, and 128 is the widest",
+        field=name, remedy="narrow the columns' ranges or max_rows in the schema",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where each field of a reply stands in the vectors of its ring; the same at every party."""
+
+    fields: Mapping[str, Field]
+    widths: Mapping[str, int]
+
+    @staticmethod
+    def of(fields: Mapping[str, Field], num_sites: int) -> Layout:
+        """For replies of *fields* by *num_sites* sites. Raises as :func:`width_of`."""
+        return Layout(fields, {name: width_of(name, field, num_sites) for name, field in fields.items()})
+
+    def sizes(self) -> dict[int, int]:
+        """Number of elements in each ring that is used, narrowest first."""
+        found = dict.fromkeys(WIDTHS, 0)
+        for name, field in self.fields.items():
+            found[self.widths[name]] += math.prod(int(size or 0) for size in field.shape)
+        return {width: size for width, size in found.items() if size}
+
+    def declared(self) -> dict[str, Field]:
+        """The vectors as they travel: "ring32" (uint32), "ring64" (uint64), "ring128" (low and high uint64)."""
+        return {f"ring{w}": Field(*_carrier(w, size)) for w, size in self.sizes().items()}
+
+    def encode(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays within their bounds as ring vectors (see :meth:`declared`)."""
+        vectors = {w: np.empty(shape, dtype) for w, (dtype, shape) in self._carriers().items()}
+        for name, width, start, stop in self._places():
+            _encode(np.asarray(arrays[name]).reshape(-1), self.fields[name].step or 1, vectors[width][start:stop])
+        return {f"ring{width}": vector for width, vector in vectors.items()}
+
+    def decode(self, vectors: Mapping[str, Array]) -> dict[str, Array]:
+        """The sums: counts as int64, reals as float64."""
+        sums = {}
+        for name, width, start, stop in self._places():
+            field = self.fields[name]
+            whole = np.dtype(field.dtype).kind in "iu"
+            values = _decode(vectors[f"ring{width}"][start:stop], None if whole else field.step)
+            sums[name] = values.reshape([size or 0 for size in field.shape])
+        return sums
+
+    def _carriers(self) -> dict[int, tuple[str, tuple[int, ...]]]:
+        return {width: _carrier(width, size) for width, size in self.sizes().items()}
+
+    def _places(self) -> list[tuple[str, int, int, int]]:
+        ends, places = dict.fromkeys(WIDTHS, 0), []
+        for name, field in self.fields.items():
+            width = self.widths[name]
+            start = ends[width]
+            ends[width] = start + math.prod(int(size or 0) for size in field.shape)
+            places.append((name, width, start, ends[width]))
+        return places
+
+
+def _carrier(width: int, size: int) -> tuple[str, tuple[int, ...]]:
+    return ("<u4", (size,)) if width == 32 else ("<u8", (size,)) if width == 64 else ("<u8", (size, 2))
+
+
+def _encode(values: Array, step: float, out: Array) -> None:
+    wide = out.ndim == 2
+    scratch = np.empty(PIECE)
+    for start in range(0, values.size, PIECE):
+        piece, there = values[start : start + PIECE], out[start : start + PIECE]
+        if values.dtype.kind in "iub" and step == 1:
+            whole = piece.astype(np.int64)
+        else:
+            scaled = np.divide(piece, step, out=scratch[: piece.size], dtype=np.float64)
+            np.rint(scaled, out=scaled)
+            if wide:
+                magnitude = np.abs(scaled)  # a sign at the end: −5 + 2⁶⁴ is no float
+                high = np.floor(magnitude / 2.0**64)
+                there[:, 0], there[:, 1] = (magnitude - high * 2.0**64).astype(np.uint64), high.astype(np.uint64)
+                there[scaled < 0] = _negated(there[scaled < 0])
+                continue
+            whole = scaled.astype(np.int64)
+        if wide:
+            there[:, 0], there[:, 1] = whole.view(np.uint64), (whole >> 63).view(np.uint64)  # the sign, extended
+        else:
+            np.copyto(there, whole.view(np.uint64), casting="unsafe")
+
+
+def _decode(vector: Array, step: float | None) -> Array:
+    if vector.ndim == 2:
+        if step is None:
+            return vector[:, 0].copy().view(np.int64)
+        negative = vector[:, 1] >> np.uint64(63) == 1
+        magnitude = np.where(negative[:, None], _negated(vector), vector).astype(np.float64)
+        return np.where(negative, -1.0, 1.0) * (magnitude[:, 1] * 2.0**64 + magnitude[:, 0]) * step
+    signed = vector.view(np.int32 if vector.itemsize == 4 else np.int64)
+    return signed.astype(np.int64) if step is None else signed * np.float64(step)
+
+
+def _negated(vector: Array) -> Array:
+    low = ~vector[:, 0] + np.uint64(1)
+    return np.column_stack([low, ~vector[:, 1] + (low == 0)])
+
+
+def add_to(total: Array, more: Array, *, minus: bool = False) -> None:
+    """Add the ring vector *more* to *total* in place (or subtract it)."""
+    if total.ndim == 1:
+        (np.subtract if minus else np.add)(total, more, out=total)
+        return
+    low, high = total[:, 0], total[:, 1]
+    before = low.copy()
+    if minus:
+        low -= more[:, 0]
+        high -= more[:, 1] + (low > before)
+    else:
+        low += more[:, 0]
+        high += more[:, 1] + (low < before)
+
+
+def add_masks(vectors: Mapping[str, Array], plus: Sequence[Stream], minus: Sequence[Stream]) -> None:
+    """Add the next bytes of the *plus* streams to ring *vectors*, in place, and subtract those of *minus*."""
+    for vector in vectors.values():
+        for piece, masks in pieces_of(vector, [*plus, *minus]):
+            for i, mask in enumerate(masks):
+                add_to(piece, mask, minus=i >= len(plus))
