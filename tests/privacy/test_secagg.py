@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoll.contract.errors import AtollError, TransportError
+from atoll.contract.errors import TransportError
 from atoll.contract.wire import Message
 from atoll.data.table import Table
 from atoll.transport.base import Endpoint, Progress

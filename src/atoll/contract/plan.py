@@ -23,6 +23,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from atoll.contract.privacy import Privacy
 from atoll.contract.protection import Choice
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import Options, read_yaml, validate
@@ -87,6 +88,7 @@ class Plan(_Part):
     program: str
     params: Options = Field(default_factory=dict)
     protection: Choice = Choice()
+    privacy: Privacy | None = None
     cohort: CohortRule = CohortRule()
     run: RunSettings = RunSettings()
 

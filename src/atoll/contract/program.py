@@ -138,7 +138,8 @@ class Handler:
     reduce: the reduction its replies are meant for. groups: reply fields that count people, to
     each element of which the site's minimum group size applies: one that is too small stops the release.
     cells: tables of the reply whose single cells are withheld instead. record: by how much one record can
-    change the reply; None where that is not bounded, so that no noise hides a record.
+    change the reply; None where that is not bounded, so that no noise hides a record. site: the same for a whole
+    site; None: by the fields' bounds.
     """
 
     answer: Callable[[Any, SiteView, Task], Reply]
@@ -146,6 +147,7 @@ class Handler:
     groups: frozenset[str]
     cells: tuple[Cells, ...] = ()
     record: Record | None = None
+    site: Record | None = None
 
 
 REGISTRY: dict[str, type[Any]] = {}
@@ -171,13 +173,14 @@ def handler(
     groups: tuple[str, ...] = (),
     cells: Cells | tuple[Cells, ...] = (),
     record: Record | None = None,
+    site: Record | None = None,
 ) -> Callable[[H], H]:
     """Mark a method as the site's answer to rounds called *name* (see :class:`Handler`)."""
 
     tables = (cells,) if isinstance(cells, Cells) else cells
 
     def mark(method: H) -> H:
-        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables, record))
+        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables, record, site))
         return method
 
     return mark

@@ -46,7 +46,8 @@ class Terms:
     """What all parties agree on before a round; it enters every key's label and every signature.
 
     roster: the cohort's public identity keys (raw) by site, ordered by name. roster_hash: of it. attempt:
-    how often the coordinator began the round anew. min_sites: fewest whose sum the plan accepts.
+    how often the coordinator began the round anew. min_sites: fewest whose sum the plan accepts. question: digest of
+    what the program asks in this round, the same of every site: else one site's reply could be added to known ones.
     """
 
     run: str
@@ -56,10 +57,11 @@ class Terms:
     roster_hash: str
     min_sites: int
     choice: Choice
+    question: str = ""
 
     def label(self, *parts: str | int) -> tuple[str | int, ...]:
-        """Names one purpose within this attempt at this round of this run among this roster."""
-        return (self.run, self.roster_hash, self.round, self.attempt, *parts)
+        """Names one purpose within this attempt at this round, and its question, of this run among this roster."""
+        return (self.run, self.roster_hash, self.round, self.attempt, self.question, *parts)
 
 
 class Received(Protocol):

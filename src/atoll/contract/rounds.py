@@ -13,9 +13,9 @@ Also yielded: :class:`Metrics` (to be shown and stored) and :class:`Checkpoint`
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -215,7 +215,7 @@ class Round:
     send: arrays (or scalars) broadcast to all sites; *send_to*: extras for single sites.
     sites: the subset asked (default: the whole cohort).
     optional: a site whose policy withholds this is left out instead of failing the run.
-    program, params, stage, view: filled in by the runtime (who handles it, on which view).
+    program, params, stage, view, schema: filled in by the runtime (who handles it, on which view of which schema).
     """
 
     name: str
@@ -229,6 +229,7 @@ class Round:
     params: Mapping[str, Json] = field(default_factory=dict)
     stage: str = ""
     view: Mapping[str, Json] = field(default_factory=dict)
+    schema: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,13 +282,25 @@ class TaskId:
         raise ProtocolError("task.malformed", "a message does not say which task it belongs to")
 
 
+class Secret(Protocol):
+    """Random bytes that nobody outside the site can know."""
+
+    def bytes(self, size: int) -> bytes: ...
+
+
+def _no_secret(_: str) -> Secret:
+    raise ProtocolError("task.no-secret", "this task has no secret randomness")
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One site's request, as its handler sees it."""
+    """One site's request, as its handler sees it. secret(label): random bytes for sampling in secret, one stream for
+    each label; the same when the round is asked again."""
 
     id: TaskId
     arrays: Mapping[str, Array]
     seed: tuple[int, ...]
+    secret: Callable[[str], Secret] = _no_secret
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
         """What was sent under *name*: finite float64 of exactly *shape*.

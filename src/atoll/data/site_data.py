@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from atoll.contract.plan import Plan
 from atoll.contract.wire import canonical_json
@@ -16,7 +18,7 @@ from atoll.data.engine import Engine
 from atoll.data.frame import HELD, Frame
 from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, known_columns, open_source
-from atoll.data.table import Table, hold_out
+from atoll.data.table import Table, hold_out, hold_out_each
 
 
 class SiteData:
@@ -32,13 +34,12 @@ class SiteData:
         self._first = prepared.first_fitted
         self._table: Table | None = None
         if isinstance(base, Frame) and HELD not in base.table.columns and plan.run.holdout > 0:
-            held = hold_out(_labels(base, plan), base.rows(), plan.run.holdout, plan.run.seed, site)
+            held = _held(base.to_table() if plan.privacy else base, plan, site)
             table = base.engine.beside(base.table, pa.table({HELD: held}))
             self._base = replace(base, table=table)
             base.engine.forget_all_but(table)
         elif isinstance(base, Table) and base.held_out is None:
-            held = hold_out(_labels(base, plan), len(base), plan.run.holdout, plan.run.seed, site)
-            self._base = replace(base, held_out=held)
+            self._base = replace(base, held_out=_held(base, plan, site))
 
     @staticmethod
     def read(spec: SourceSpec, plan: Plan, base: Path, site: str, scratch: Path | None = None) -> SiteData:
@@ -81,6 +82,14 @@ class SiteData:
                 del self._views[next(iter(self._views))]
             self._views[key] = table.parts()
         return self._views[key]
+
+
+def _held(base: Frame | Table, plan: Plan, site: str) -> NDArray[np.bool_]:
+    """Which rows to hold out. Under differential privacy each row by itself: one more must not move the others."""
+    if plan.privacy is not None and isinstance(base, Table):
+        return hold_out_each(base.ids, plan.run.holdout, plan.run.seed, site)
+    rows = len(base) if isinstance(base, Table) else base.rows()
+    return hold_out(_labels(base, plan), rows, plan.run.holdout, plan.run.seed, site)
 
 
 def _labels(base: Frame | Table, plan: Plan) -> Any:

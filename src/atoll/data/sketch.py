@@ -20,12 +20,12 @@ def sketch(ids: NDArray[np.uint64]) -> Sketch:
     """The sketch of a multiset of rows, [CELLS]. ids: their identities, [num_rows]."""
     cells = np.zeros(CELLS, np.uint64)
     for start in range(0, len(ids), 1 << 20):
-        mixed = _mixed(ids[start : start + (1 << 20)])
-        np.add.at(cells, (mixed >> np.uint64(32)) % np.uint64(CELLS), mixed)
+        words = mixed(ids[start : start + (1 << 20)])
+        np.add.at(cells, (words >> np.uint64(32)) % np.uint64(CELLS), words)
     return cells
 
 
-def _mixed(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """splitmix64 (Steele, Lea & Flood 2014), so that like identities are in unlike cells."""
     z = ids + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
 from atoll.data.columns import Selected, Stored
-from atoll.data.sketch import Sketch, sketch
+from atoll.data.sketch import Sketch, mixed, sketch
 
 
 @dataclass(frozen=True)
@@ -150,3 +150,10 @@ def hold_out(labels: NDArray[Any] | None, num_rows: int, fraction: float, seed: 
     for rows in strata:
         held[generator.permutation(rows)[: round(fraction * len(rows))]] = True
     return held
+
+
+def hold_out_each(ids: NDArray[np.uint64], fraction: float, seed: int, site: str) -> NDArray[np.bool_]:
+    """Which rows to keep for evaluation, each with probability *fraction* by who it is alone: a row more or less
+    moves no other. ids: [num_rows]."""
+    key = hashlib.sha256(f"atoll split each\0{seed}\0{site}".encode()).digest()
+    return mixed(ids ^ np.frombuffer(key[:8], np.uint64)) < np.uint64(int(fraction * 2**64))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
@@ -21,6 +21,7 @@ from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics
 from atoll.contract.wire import Array, Json, Message
 from atoll.runtime.courier import Courier, Flights, all_of, session_of, unbroken
 from atoll.runtime.egress import check_groups
+from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import summarise
 from atoll.runtime.roster import roster_hash
@@ -97,6 +98,7 @@ class _Run:
         self.courier = Courier(owner.transport, run, plan, self.roster)
         self.courier.owe(_owed(owner.store, run))
         self.flights = Flights(self.courier)
+        self.noise = noise_of(plan, len(self.sites))
         self.opened: set[str] = set()
         self.sessions: dict[str, bytes] = {}
         self.absent: dict[str, int] = {}
@@ -166,7 +168,9 @@ class _Run:
         attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
         least, keys = self.plan.cohort.min_sites, {s: bytes.fromhex(k) for s, k in sorted(self.roster.items())}
         terms = Terms(self.run, number, attempt, keys, roster_hash(self.roster), least, choice)
-        combining = protection.combine(asked, sites, terms, self.sessions)
+        made = build(asked.program, asked.params)
+        fields = asked.reply if self.noise is None else with_room(self.noise, self.plan, made, asked, number)
+        combining = protection.combine(replace(asked, reply=fields), sites, terms, self.sessions)
         step: Exchange | Summed = next(combining)
         while isinstance(step, Exchange):
             arrived = await self.exchange(asked, number, step, attempt)
@@ -174,9 +178,10 @@ class _Run:
                 replies.setdefault(site, []).append(incoming)
             large = any(incoming.head.body_bytes > SMALL_BYTES for incoming in arrived.values())
             step = await asyncio.to_thread(_advance, combining, arrived) if large else _advance(combining, arrived)
+        if self.noise is not None:
+            return replace(step, arrays=not_negative(step.arrays, asked.reply))
         if not protection.reveals:
-            groups = handler_of(build(asked.program, asked.params), asked.name).groups
-            check_groups(step.arrays, groups, self.plan.run.min_group_size)
+            check_groups(step.arrays, handler_of(made, asked.name).groups, self.plan.run.min_group_size)
         return step
 
     async def finish(

@@ -1,6 +1,6 @@
 """The egress gate: the only door out of a site.
 
-    check → clip → (noise) → (charge) → protect → journal → message
+    check → clip → noise → protect → charge and journal → message
 
 A handler's reply becomes a release only here: it has exactly the declared fields,
 dtypes and shapes, no NaN or infinity, no group of people smaller than the policy
@@ -10,7 +10,8 @@ allows, nothing beyond its declared bound. Its ledger entry is written durably f
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from atoll.contract.program import Handler
 from atoll.contract.protection import REPLY, Protection
 from atoll.contract.rounds import Field, TaskId, as_arrays
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
+from atoll.crypto.prg import Stream
+from atoll.privacy.dp.release import Noise
+from atoll.runtime.budget import Charge
 from atoll.runtime.journal import Journal, Receipt
 from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
@@ -39,6 +43,15 @@ class Request:
     plan: str
     roster: str
     question: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Noised:
+    """The noise for one release: its scale for each field, and secret randomness by field."""
+
+    noise: Noise
+    scales: Mapping[str, float]
+    random: Callable[[str], Stream]
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
@@ -60,32 +73,40 @@ class EgressGate:
         party: Own,
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
+        noised: Noised | None = None,
+        charge: Charge | None = None,
     ) -> Message:
         """The release message for a handler's *reply*, durably recorded together with the program's *state*,
-        that of its protection, and the coordinator's *receipts* for earlier releases.
+        that of its protection, what it costs, and the coordinator's *receipts* for earlier releases.
 
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
-        told = judged(reply, asked.handler.cells, self._policy.rule() if protection.reveals else Rule())
+        shown = protection.reveals and noised is None
+        told = judged(reply, asked.handler.cells, self._policy.rule() if shown else Rule())
         arrays = as_arrays(told, asked.fields)
         for name, declared in asked.fields.items():
             declared.check_finite(name, arrays[name], undefined=asked.handler.reduce == "gather")
-        if protection.reveals:  # else the coordinator half checks the cohort's total
+        if shown:  # else the coordinator half checks the cohort's total
             check_groups(arrays, asked.handler.groups, self._policy.min_group_size)
         arrays, clipped = _clip(arrays, asked.fields)
-        arrays = protection.answer(REPLY, party, arrays, asked.fields)
-        party.replied(asked.question)
-        return self._send(asked, arrays, protection, party, state, receipts, clipped)
+        fields = asked.fields
+        if noised is not None:
+            arrays = noised.noise.add(arrays, fields, noised.scales, noised.random)
+            fields = noised.noise.room(fields, noised.scales)
+            arrays, _ = _clip(arrays, fields)
+        arrays = protection.answer(REPLY, party, arrays, fields)
+        party.replied()
+        return self._send(asked, arrays, protection, party, state, receipts, clipped, charge)
 
     def relay(self, asked: Request, protection: Protection, party: Own, receipts: Sequence[Receipt] = ()) -> Message:
         """The release message of a protection's own exchange: keys, shares, signatures, and no reply."""
         arrays = protection.answer(asked.task.step, party, {}, asked.fields)
-        return self._send(asked, arrays, protection, party, None, receipts, 0)
+        return self._send(asked, arrays, protection, party, None, receipts, 0, None)
 
     def _send(
         self, asked: Request, arrays: dict[str, Array], protection: Protection, party: Own,
-        state: Mapping[str, Array] | None, receipts: Sequence[Receipt], clipped: int,
+        state: Mapping[str, Array] | None, receipts: Sequence[Receipt], clipped: int, charge: Charge | None,
     ) -> Message:  # fmt: skip
         specs, parts = body_parts(arrays)
         digest = hashlib.sha256()
@@ -106,12 +127,13 @@ class EgressGate:
             "fields": specs,
             "bytes": size_bytes,
             "clipped": clipped,
+            "epsilon": charge.epsilon if charge and math.isfinite(charge.epsilon) else None,
             "digest": body_digest(specs, digest.digest()),
         }
         task = asked.task
         kept = None if protection.reveals else party.state
         return self._journal.store_release(
-            str(task), task.run, asked.program, body, arrays, state, receipts, party.query, kept
+            str(task), task.run, asked.program, body, arrays, state, receipts, party.query, kept, charge
         )
 
 

@@ -43,6 +43,8 @@ repeats: refuse                              # the same exact query over nearly 
 min_sites: 3                                 # fewest sites in a study
 share: []                                    # own values that may leave un-summed: rows, metrics
 approval: manual                             # ask the operator about every study (or: automatic)
+budgets:                                     # what each data set may cost, statistics and training together
+  "*": {unit: record, epsilon: 10, delta: 1.0e-4, per: year, exact_releases: 10000}
 roster: manual                               # ask the operator about every new identity (or: automatic)
 """
 

@@ -7,6 +7,7 @@ nothing leaves; if the site is killed at any instant, it comes back exactly here
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import sqlite3
@@ -16,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from atoll.contract.errors import IntegrityError, ProtocolError
+from atoll.contract.plan import Plan
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.crypto.session import Session
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
+from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, reserve, settle, spent
 from atoll.runtime.memory import Query
 
 OPEN = ("pending", "approved", "running")
@@ -55,6 +58,10 @@ def not_running(status: str) -> ProtocolError:
     )  # fmt: skip
 
 
+def _today() -> dt.date:
+    return dt.datetime.now(dt.UTC).date()
+
+
 def _before(program: str) -> str:
     """Under which name the state before the last round that changed it is kept."""
     return f"{program} before"
@@ -71,7 +78,7 @@ class Journal:
         settings = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")  # keys are gone when they are deleted
         for pragma in settings if durable else ("locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF"):
             self._db.execute(f"PRAGMA {pragma}")
-        self._db.executescript(_TABLES)
+        self._db.executescript(_TABLES + TABLES)
         last = self._db.execute("SELECT line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
         entry: dict[str, Json] = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}
         self.chain = Chain(party, public, sign, entry["seq"], entry["hash"])
@@ -203,9 +210,10 @@ class Journal:
         receipts: Sequence[Receipt] = (),
         query: Query | None = None,
         protection: Mapping[str, Array] | None = None,
+        cost: Charge | None = None,
     ) -> Message:
         """Ledger entry, release, the program's state and its protection's (None: as it was), receipts and what is
-        remembered of the *query*, in one transaction.
+        remembered of the *query*, and its *cost*, in one transaction.
 
         Returns the message that may now leave; raises DisclosureError if the query was asked before of
         nearly the same rows.
@@ -217,6 +225,8 @@ class Journal:
                     raise not_running(status)
                 if query is not None:
                     self._remember(query)
+                if cost is not None:
+                    charge(self._db, cost, _today())
                 large = self._store_receipts(receipts, sign=False)
                 entry = self._append(self.chain.next("release", body))
                 message = Message("release", {"re": task, "entry": entry}, arrays)
@@ -320,6 +330,18 @@ class Journal:
         with self.transaction():
             self._db.execute("UPDATE run SET status = ? WHERE run = ? AND status = ?", (after, run, before))
 
+    def start_run(self, run: str, plan: Plan, budget: Budget) -> None:
+        """An approved run begins: what its plan's privacy promises is reserved. Raises PrivacyBudgetError."""
+        with self.transaction():
+            if plan.privacy is not None:
+                reserve(self._db, run, plan.dataset, plan.privacy, budget, _today())
+            self._db.execute("UPDATE run SET status = 'running' WHERE run = ? AND status = 'approved'", (run,))
+
+    def spent(self, dataset: str, budget: Budget) -> Spent:
+        """What counts against a data set's budget today."""
+        with self._lock:
+            return spent(self._db, dataset, budget.since(_today()))
+
     def end_run(self, run: str, status: str, error: Json, heard: str) -> None:
         """Close a run that is open, with its ledger entry; *heard* joins the note. Else do nothing."""
         with self.transaction():
@@ -328,6 +350,7 @@ class Journal:
                 note = "\n".join(filter(None, (note, heard)))
                 self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
                 self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
+                settle(self._db, run)
                 self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
                 self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
 

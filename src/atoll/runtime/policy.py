@@ -12,6 +12,7 @@ from atoll.contract.disclosure import TOP, Rule
 from atoll.contract.errors import AtollError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
+from atoll.runtime.budget import Budget
 
 Shareable = Literal["rows", "metrics"]
 
@@ -29,7 +30,8 @@ class Policy(BaseModel):
     min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
     share: own values that may leave un-summed. approval: "manual" asks the operator
     about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
-    releases are refused. modules: further Python modules whose programs may be loaded.
+    releases are refused. modules: further Python modules whose programs may be loaded. budgets: what a data set may
+    cost (see :class:`atoll.runtime.budget.Budget`), by its name or ``*``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +49,11 @@ class Policy(BaseModel):
     roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
+    budgets: dict[str, Budget] = Field(default_factory=dict)
+
+    def budget(self, dataset: str) -> Budget:
+        """Of one data set: its own, else that of ``*``, else the default."""
+        return self.budgets.get(dataset) or self.budgets.get("*") or Budget()
 
     def rule(self) -> Rule:
         """What the gate withholds."""
@@ -64,7 +71,7 @@ class Policy(BaseModel):
             programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
             dominant_share=1.0, repeats="allow",
             share=("rows", "metrics"), approval="automatic",
-            roster="automatic",
+            roster="automatic", budgets={"*": Budget(epsilon=None, delta=None, exact_releases=None)},
         )  # fmt: skip
 
     def check_plan(self, plan: Plan, num_sites: int, version: str | None = None) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
+from atoll.contract.protection import Choice
 from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto.identity import Identity
@@ -41,7 +42,7 @@ from atoll.runtime.results import details, write_json, write_model
 from atoll.runtime.serve import settle
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
-from atoll.runtime.study import check_plan
+from atoll.runtime.study import check_plan, settled
 from atoll.transport.local import LocalTransport
 
 START_S = 60.0
@@ -66,6 +67,7 @@ def run_sandbox(
     load_installed()
     settle()
     check_plan(plan)
+    plan = settled(plan)
     tell = on_event or (lambda _: None)
     tables = {site: _read(site, spec, plan, base) for site, spec in sources.items()}
     ledgers = out / "ledger"
@@ -138,7 +140,7 @@ def _same(table: SiteData, _: Plan) -> SiteData:
 def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any], tell: Event) -> None:
     """The same plan on each site alone and on the pooled table (rows and hold-out unchanged)."""
     alone = {"cohort": plan.cohort.model_copy(update={"sites": (), "min_sites": 1, "on_dropout": "fail"})}
-    solo = plan.model_copy(update=alone)
+    solo = plan.model_copy(update={**alone, "protection": Choice(sum="plain"), "privacy": None})
     pooled = SiteData(concatenate([data.base() for data in tables.values()]), plan, Prepared(plan.recipe), "pooled")
     for name, table in {"pooled": pooled, **tables}.items():
         tell({"comparing": name})

@@ -9,30 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError
+from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build, handler_of
 from atoll.contract.protection import REPLY, Protection, Terms, find, parted
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity, verify
+from atoll.crypto.prg import Stream, derive
 from atoll.crypto.session import Session, claim
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
+from atoll.privacy.dp.release import Noise
 from atoll.runtime.approval import Progress, await_approval
-from atoll.runtime.egress import EgressGate, Request, too_large
+from atoll.runtime.budget import Charge
+from atoll.runtime.egress import EgressGate, Noised, Request, too_large
 from atoll.runtime.journal import ENDS, PROTECTION, Journal, Receipt, not_running
 from atoll.runtime.memory import Query, query_key, question_digest
+from atoll.runtime.noise import check_entities, noise_of, norms_of
 from atoll.runtime.party import Own, View
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
@@ -49,7 +55,9 @@ class _Opened:
     hash: str
     roster: Mapping[str, str]
     roster_hash: str
+    secret: bytes
     session: Session
+    noise: Noise | None
     permitted: Permitted
     program: dict[bytes, Program] = field(default_factory=dict)
     data: SiteData | None = None
@@ -116,6 +124,8 @@ class Site:
             "roster": roster,
             "roster_hash": roster_hash(roster),
         }
+        if not plan.protection.sum:
+            raise PlanError("plan.no-protection", "the plan names no protection", field="protection")
         known = self._journal.run(run)
         if known is None:
             self._journal.open_run(run, "pending", announced)
@@ -130,14 +140,16 @@ class Site:
         await_approval(self._journal, self._policy, self.name, run, roster, progress)
         if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
             with self._lock(run):
-                rows = sum(map(len, self._prepared(self._opened(run), {})))
+                tables = self._prepared(self._opened(run), {})
+                rows = sum(map(len, tables))
+                check_entities(plan, tables)
             self._journal.set_setting(f"rows {run}", str(rows))
             self._journal.record(
                 "joined",
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
                  "protection": plan.protection.sum, "roster": announced["roster_hash"]},
             )  # fmt: skip
-            self._journal.advance(run, "approved", "running")
+            self._journal.start_run(run, plan, self._policy.budget(plan.dataset))
         told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share else ""
         public = Session(self._journal.session(run)).public
         signed = public + self._sign(claim(run, announced["roster_hash"], self.name, public))
@@ -183,6 +195,9 @@ class Site:
             task, program.name, str(meta["name"]), handler, fields, opened.hash, opened.roster_hash,
             question_digest(meta, message.arrays),
         )  # fmt: skip
+        party.question = question = question_digest(meta, sent)
+        if opened.noise is not None and handler.reduce != "sum":
+            raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)
         before = dict(state)
@@ -197,14 +212,24 @@ class Site:
         view = View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share, smallest)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
-        reply = handler.answer(program, view, Task(task, sent, words))
+        random = partial(_stream, opened.secret, task.round, "sample")
+        reply = handler.answer(program, view, Task(task, sent, words, random))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
         if self._policy.repeats == "refuse":
             rows = np.stack([view.table.sketch, view.holdout.sketch])
             cohort = frozenset[str]() if protection.reveals else frozenset(opened.roster)
             limits = self._policy.min_group_size, self._policy.min_sites
             party.query = Query(query_key(opened.plan.dataset, message), rows, cohort, *limits)
-        return self._gate.release(asked, reply, protection, party, state if changed else None, receipts)
+        noised = None
+        if opened.noise is not None:
+            party.query = None  # not an exact one
+            norms = norms_of(opened.plan, program, asked.name, view.table.schema, fields, sent)
+            scales = opened.noise.scales(task.round, fields, norms)
+            noised = Noised(opened.noise, scales, partial(_stream, opened.secret, task.round, question))
+        cost = opened.noise.costs[task.round] if opened.noise else math.inf
+        budget = self._policy.budget(opened.plan.dataset)
+        charge = Charge(task.run, task.round, opened.plan.dataset, cost, budget, question)
+        return self._gate.release(asked, reply, protection, party, state if changed else None, receipts, noised, charge)
 
     def _party(self, opened: _Opened, task: TaskId, sent: Mapping[str, Array], protection: Protection) -> Own:
         """What *protection* may use for a task."""
@@ -234,9 +259,10 @@ class Site:
             if run not in self._runs:
                 _, opened, _ = self._journal.run(run) or ("", {}, "")
                 plan = Plan.from_json(opened["plan"])
+                secret, noise = self._journal.session(run), noise_of(plan, len(opened["roster"]))
                 self._runs[run] = _Opened(
-                    plan, opened["hash"], opened["roster"], opened["roster_hash"],
-                    Session(self._journal.session(run)), Permitted(plan),
+                    plan, opened["hash"], opened["roster"], opened["roster_hash"], secret, Session(secret), noise,
+                    Permitted(plan),
                 )  # fmt: skip
             return self._runs[run]
 
@@ -267,6 +293,11 @@ class Site:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
+
+
+def _stream(secret: bytes, number: int, purpose: str, label: str) -> Stream:
+    """Secret randomness of one round: the same when it is asked again, so that nothing is told or spent twice."""
+    return Stream(derive(secret, "site", number, purpose, label))
 
 
 def _must_be_running(status: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.capabilities import conflicts
+from atoll.contract.capabilities import Capabilities, conflicts
 from atoll.contract.errors import AtollError, PlanError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, relay
@@ -39,9 +39,13 @@ def check_plan(plan: Plan) -> Program:
     except PlanError as error:
         problems.append(error)
     try:
-        protection = find(plan.protection.sum)
+        parts = [find(plan.protection.sum).capabilities] if plan.protection.sum else []
         if program is not None:
-            problems.extend(conflicts([program.capabilities, protection.capabilities]))
+            if not parts:
+                parts = [find(default_protection(program)).capabilities]
+            if plan.privacy is not None:
+                parts.append(NOISED)
+            problems.extend(conflicts([program.capabilities, *parts]))
     except PlanError as error:
         problems.append(error)
     try:
@@ -52,6 +56,24 @@ def check_plan(plan: Plan) -> Program:
         problems.append(error)
     refuse_all(PlanError, "plan.refused", problems)
     return build(plan.program, plan.params)
+
+
+def default_protection(program: Program) -> str:
+    """What a plan gets that names no protection: secagg, when all it asks for are sums; else PlanError."""
+    if program.capabilities.needs <= {"sum"}:
+        return "secagg"
+    raise PlanError(
+        "plan.no-protection", f"the plan names no protection, and {program.name} needs more than sums",
+        field="protection", remedy="write protection: plain, if every site may show its own replies",
+    )  # fmt: skip
+
+
+def settled(plan: Plan) -> Plan:
+    """*plan* with its protection written out. Raises PlanError."""
+    if plan.protection.sum:
+        return plan
+    chosen = default_protection(build(plan.program, plan.params))
+    return plan.model_copy(update={"protection": plan.protection.model_copy(update={"sum": chosen})})
 
 
 def _check_columns(program: Program, schema: Any) -> None:
@@ -67,28 +89,29 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     start: the state of the program's last Checkpoint, which is then yielded first, in
     place of the rounds before it.
     """
-    program, prepared = check_plan(plan), Prepared(plan.recipe)
+    program, prepared, exact = check_plan(plan), Prepared(plan.recipe), plan.privacy is None
     schema = plan.table
     view: dict[str, Json] = {}
     for stage in prepared.stages():
-        cohort = Cohort(sites, prepared.before(stage, schema), plan.run.seed, plan.run.min_group_size)
+        before = prepared.before(stage, schema)
+        cohort = Cohort(sites, before, plan.run.seed, plan.run.min_group_size, exact)
         results: dict[Need, Mapping[str, Any]] = {}
         for need in prepared.needs(stage):
-            results[need] = yield from _staged(_asked(need).coordinate(cohort), "prepare", view)
+            results[need] = yield from _staged(_asked(need).coordinate(cohort), "prepare", view, before)
         view |= prepared.fit(stage, results)
         schema = prepared.schema(schema, stage)
-    cohort = Cohort(sites, schema, plan.run.seed, plan.run.min_group_size)
+    cohort = Cohort(sites, schema, plan.run.seed, plan.run.min_group_size, exact)
     outcome: dict[str, Any] = {"fitted": view, "evaluation": None, "preparation": None}
     counting = _preparation(prepared)
     if counting is not None:
-        outcome["preparation"] = yield from _staged(counting.coordinate(cohort), "prepare", view)
+        outcome["preparation"] = yield from _staged(counting.coordinate(cohort), "prepare", view, schema)
     if start is not None:
         yield Checkpoint(start)
-    outcome["result"] = result = yield from _staged(program.coordinate(cohort, start), "program", view)
+    outcome["result"] = result = yield from _staged(program.coordinate(cohort, start), "program", view, schema)
     evaluation = _evaluation(plan, program, schema)
     if evaluation is not None:
         steps = evaluation.coordinate(cohort, {"weights": result["model"].weights})
-        outcome["evaluation"] = yield from _staged(steps, "evaluate", view)
+        outcome["evaluation"] = yield from _staged(steps, "evaluate", view, schema)
     return outcome
 
 
@@ -109,7 +132,7 @@ def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | 
     model = getattr(program, "model", None)
     if model is None or not plan.run.evaluate or plan.run.holdout == 0:
         return None
-    return build("statistics.evaluation", {"model": model(schema).spec()})
+    return build("statistics.evaluation", {"model": model(schema).spec(), "own": plan.privacy is None})
 
 
 def _said(program: Program) -> tuple[str, bytes]:
@@ -135,6 +158,7 @@ def _led_to(program: Program, schema: TableSchema) -> set[tuple[str, bytes]]:
     return found
 
 
+NOISED = Capabilities("privacy (noised sums)", needs=frozenset({"bounded", "resolution"}), offers=frozenset())
 DRY_ROUNDS = 64
 UNDEFINED = (ArithmeticError, ValueError, IndexError)
 """What a program may come to when there is nobody at all."""
@@ -170,11 +194,11 @@ class Permitted:
             )
 
 
-def _staged(steps: Steps, stage: str, view: Mapping[str, Json]) -> Steps:
+def _staged(steps: Steps, stage: str, view: Mapping[str, Json], schema: TableSchema) -> Steps:
     frozen = dict(view)
 
     def stamp(asked: Round) -> Round:
-        return replace(asked, stage=stage, view=frozen)
+        return replace(asked, stage=stage, view=frozen, schema=schema)
 
     result = yield from relay(steps, stamp)
     return result

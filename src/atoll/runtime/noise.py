@@ -1,0 +1,153 @@
+"""A run's differential privacy: how many releases a plan leads to, and by how much one unit changes each.
+
+Everything here follows from the plan and from code that is installed at the site; nothing that the coordinator
+says makes the noise smaller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from atoll.contract.errors import AtollError, PlanError, SchemaError
+from atoll.contract.plan import Plan
+from atoll.contract.program import Handler, Program, build, handler_of
+from atoll.contract.protection import find
+from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
+from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms
+from atoll.contract.wire import Array
+from atoll.data.table import Table
+from atoll.privacy.dp.release import Noise
+from atoll.runtime.study import UNDEFINED, study
+
+DRY_ROUNDS = 100_000
+NOBODY = 100
+"""What every count is taken for when a study is run dry."""
+
+
+def noise_of(plan: Plan, num_sites: int) -> Noise | None:
+    """The noise that a plan of differential privacy asks for; None without. Raises PlanError and PrivacyBudgetError
+    where its promise cannot be kept."""
+    if plan.privacy is None:
+        return None
+    rounds = _dry(plan)
+    problems = [asked for asked in rounds if not isinstance(asked.reduce, Sum)]
+    if problems:
+        raise PlanError(
+            "privacy.exact-replies", f"{problems[0].program} asks for single replies, which no shared noise protects",
+            field="privacy", remedy="choose a program that needs only sums",
+        )  # fmt: skip
+    rates = []
+    for asked in rounds:
+        made = build(asked.program, asked.params)
+        _declared(plan, made, handler_of(made, asked.name), asked.name)
+        rates.append(float(getattr(made, "sampling_rate", 1.0)))
+    protection = find(plan.protection.sum)
+    return Noise(plan.privacy, rates, min(plan.cohort.min_sites, num_sites), shared=not protection.reveals)
+
+
+def norms_of(
+    plan: Plan, program: Program, name: str, schema: TableSchema, fields: Mapping[str, Field], sent: Mapping[str, Any]
+) -> dict[str, Norms]:
+    """By how much one unit of the plan's privacy changes each of *fields* in the handler *name*'s reply.
+
+    schema: of the table the handler sees. sent: the round's arrays. Raises PlanError where that is not bounded.
+    """
+    handler = handler_of(program, name)
+    declared = _declared(plan, program, handler, name)
+    arrays: dict[str, Array] = {key: np.asarray(value) for key, value in sent.items()}
+    norms = dict(declared(program, schema, arrays)) if declared else _by_bounds(fields)
+    norms |= {table.withheld: Norms(0, 0) for table in handler.cells}  # nothing is withheld where noise protects
+    if missing := sorted(fields.keys() - norms.keys()):
+        raise _unbounded(program, name, ", ".join(missing))
+    if plan.privacy is not None and plan.privacy.unit == "entity":
+        return {field: each * plan.privacy.rows_per_entity for field, each in norms.items()}
+    return norms
+
+
+def check_entities(plan: Plan, tables: Sequence[Table]) -> None:
+    """Raise SchemaError when the plan's privacy is of entities, and the table has none, or one with too many rows."""
+    if plan.privacy is None or plan.privacy.unit != "entity":
+        return
+    named = any(column.role == "entity" for column in plan.table.columns.values())
+    ids = np.concatenate([table.ids for table in tables])
+    most = int(np.unique(ids, return_counts=True)[1].max(initial=0))
+    if not named or most > plan.privacy.rows_per_entity:
+        raise SchemaError(
+            "privacy.entity", "the table has no column of role entity" if not named else "an entity has too many rows",
+            field="privacy.rows_per_entity", remedy="keep one row an entity in the recipe, or raise rows_per_entity",
+        )  # fmt: skip
+
+
+def with_room(noise: Noise, plan: Plan, program: Program, asked: Round, number: int) -> dict[str, Field]:
+    """A round's fields as they are with noise in them: what the coordinator expects of its sum."""
+    norms = norms_of(plan, program, asked.name, asked.schema, asked.reply, asked.send)
+    return noise.room(asked.reply, noise.scales(number, asked.reply, norms))
+
+
+def not_negative(arrays: Mapping[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
+    """Noised sums, with counts that noise drove below zero at zero."""
+    return {n: np.maximum(a, 0) if np.dtype(fields[n].dtype).kind in "iu" else a for n, a in arrays.items()}
+
+
+def _declared(plan: Plan, program: Program, handler: Handler, name: str) -> Any:
+    if plan.privacy is not None and plan.privacy.unit == "site":
+        return handler.site
+    if handler.record is None:
+        raise _unbounded(program, name, name)
+    return handler.record
+
+
+def _unbounded(program: Program, name: str, field: str) -> PlanError:
+    return PlanError(
+        "privacy.unbounded", f"nothing bounds how much one unit changes {program.name}'s round {name!r}", field=field,
+        remedy="choose another program (for training: horizontal.dpsgd), or the unit site",
+    )  # fmt: skip
+
+
+def _by_bounds(fields: Mapping[str, Field]) -> dict[str, Norms]:
+    found = {}
+    for name, field in fields.items():
+        size = math.prod(int(n or 0) for n in field.shape)
+        bound = math.inf if field.bound is None else field.bound
+        found[name] = Norms(size * bound, math.sqrt(size) * bound)
+    return found
+
+
+def _dry(plan: Plan) -> list[Round]:
+    """The rounds that a study asks for, found by running it on sums that tell nothing."""
+    asked: list[Round] = []
+    steps, value, ended = study(plan, ("a", "b", "c")), None, False
+    with np.errstate(all="ignore"), contextlib.suppress(AtollError, *UNDEFINED):
+        while len(asked) < DRY_ROUNDS:
+            try:
+                item: Any = steps.send(value)
+            except StopIteration:
+                ended = True
+                break
+            value = None
+            if isinstance(item, Round):
+                asked.append(item)
+                value = _nothing(item)
+    steps.close()
+    if not ended:
+        raise PlanError(
+            "privacy.rounds", "how many sums the study needs cannot be told beforehand, so no noise can be chosen",
+            field="program", remedy="choose a program with a fixed number of rounds, and recipe steps that fit nothing",
+        )  # fmt: skip
+    return asked
+
+
+def _nothing(asked: Round) -> Summed | Gathered:
+    if not isinstance(asked.reduce, Sum):
+        return Gathered({})
+    arrays = {}
+    for name, field in asked.reply.items():
+        counts = field.dtype == "<i8"
+        arrays[name] = np.full([n or 0 for n in field.shape], NOBODY if counts else 0, "<i8" if counts else "<f8")
+    return Summed(arrays, ("a", "b", "c"))
