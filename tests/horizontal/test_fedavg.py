@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from atoll.contract.errors import AtollError
-from atoll.contract.program import Cohort, build
+from atoll.contract.program import Cohort, build, handler_of
+from atoll.contract.rounds import Round
+from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table, concatenate
 from atoll.models.linear import LinearModel
+from atoll.models.model import LearnerParams
 from atoll.runtime.policy import Policy
 
 FAMILIES = ("linear", "logistic", "poisson")
@@ -187,3 +190,105 @@ def test_the_seed_decides_the_shuffles_and_nothing_else_does(federation: Any) ->
 
     assert weights(1) == weights(1)
     assert weights(1) != weights(2)
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_local_steps_are_so_many_mini_batches(federation: Any, drive: Any, size: int) -> None:
+    """Also beyond an epoch's end; one step of one batch is one gradient."""
+    from atoll.contract.rounds import Task, TaskId
+
+    tables = sites(federation, "logistic", (50,))
+    shuffler = Task(TaskId("0" * 32, 0, 0, "reply", "s0"), {}, (0, *b"s0")).shuffler()
+    x = np.column_stack([np.ones(50), tables["s0"]["u"] / 4, (tables["s0"]["v"] - 5) / 5])
+    y, w, order = tables["s0"]["y"], np.zeros(3), shuffler.permutation(50)
+    common = {"rounds": 1, "batch_size": size, "learning_rate": 0.3}
+    found = train(drive, tables, params_of("logistic", local_steps=1, **common)).result["model"].weights
+    first = order[:size]
+    error = 1 / (1 + np.exp(-x[first] @ w)) - y[first]
+    assert np.allclose(found, w - 0.3 * x[first].T @ error / len(first), rtol=0, atol=1e-13)
+    in_epoch = -(-50 // size)
+    for epochs in (1, 3):
+        by_steps = train(drive, tables, params_of("logistic", local_steps=epochs * in_epoch, **common))
+        by_epochs = train(drive, tables, params_of("logistic", local_epochs=epochs, **common))
+        assert by_steps.result["model"].weights.tobytes() == by_epochs.result["model"].weights.tobytes()
+
+
+def test_the_whole_change_is_clipped_to_its_norm(federation: Any, drive: Any) -> None:
+    """The direction is kept, and the declared norm of a site holds."""
+    tables = sites(federation, "linear")
+    free, bound = (params_of("linear", rounds=1, learning_rate=0.2, clip_norm_l2=n) for n in (None, 0.01))
+    wide, tight = train(drive, tables, free), train(drive, tables, bound)
+    for site, table in tables.items():
+        change, clipped = (driven.replies[0][site]["weights"] / len(table) for driven in (wide, tight))
+        assert np.linalg.norm(clipped) == pytest.approx(0.01, rel=1e-12)
+        assert np.allclose(clipped / 0.01, change / np.linalg.norm(change), atol=1e-9)
+    program = build("horizontal.fedavg", bound)
+    norms = handler_of(program, "train").site(program, tables["s0"].schema, {})  # type: ignore[misc]
+    for site in tables:
+        assert set(norms) == set(tight.replies[0][site])
+        for name, norm in norms.items():
+            assert np.linalg.norm(tight.replies[0][site][name]) <= norm.l2
+
+
+def test_a_network_with_one_full_step_is_descent_on_the_pooled_rows(federation: Any, drive: Any) -> None:
+    pytest.importorskip("torch")
+    tables = hospitals((30, 12, 45))
+    params = {"target": "y", "model": {"kind": "cnn", "image": "image", "channels": [2], "hidden": 4},
+              "rounds": 4, "batch_size": 100, "learning_rate": 0.2}  # fmt: skip
+    driven = train(drive, tables, params)
+    pooled = concatenate(list(tables.values()))
+    model = LearnerParams(target="y", model=params["model"]).unfitted(pooled.schema)  # type: ignore[arg-type]
+    weights, examples = model.initial(0), model.examples(pooled)
+    for number in range(4):
+        loss, gradient = model.loss_and_gradient(weights, examples)
+        assert driven.result["history"][number] == pytest.approx(loss, rel=1e-5)
+        weights = weights - 0.2 * gradient
+    assert np.allclose(driven.result["model"].weights, weights, rtol=0, atol=1e-5)
+    assert "coefficients" not in driven.result
+
+
+def hospitals(sizes: tuple[int, ...]) -> dict[str, Table]:
+    random = np.random.default_rng(1)
+    columns = {
+        "image": Column(dtype="image", shape=(6, 6)),
+        "y": Column(dtype="integer", values=(0, 1), role="label"),
+    }
+    schema = TableSchema(name="test", columns=columns)
+    tables = {}
+    for i, n in enumerate(sizes):
+        images = random.integers(0, 256, (n, 6, 6), np.uint8)
+        tables[f"h{i}"] = Table(schema, {"image": images, "y": (images[:, 0].mean(1) > 127).astype(float)})
+    return tables
+
+
+def test_a_network_is_trained_evaluated_and_told_by_a_whole_federation(federation: Any) -> None:
+    """Where weights begin is decided by the plan's seed."""
+    pytest.importorskip("torch")
+    tables = hospitals((60, 80, 70))
+    params = {"target": "y", "model": {"kind": "cnn", "image": "image", "channels": [4], "hidden": 8},
+              "rounds": 3, "local_epochs": 2, "batch_size": 8}  # fmt: skip
+
+    def outcome(seed: int) -> Any:
+        run = {"holdout": 0.3, "seed": seed}
+        return federation.run(federation.plan("horizontal.fedavg", params, tables, run=run), tables)
+
+    first = outcome(1)
+    assert 0.5 < first["evaluation"]["pooled"]["auc"] <= 1
+    assert set(first["evaluation"]["own"]) == set(tables)
+    assert outcome(1)["result"]["model"].weights.tobytes() == first["result"]["model"].weights.tobytes()
+    assert outcome(2)["result"]["model"].weights.tobytes() != first["result"]["model"].weights.tobytes()
+
+
+def test_noise_of_a_sites_weight_does_not_stop_the_run(federation: Any) -> None:
+    """With noise the weights' sum may come out below zero."""
+    schema = sites(federation, "linear")["s0"].schema
+    steps = build("horizontal.fedavg", params_of("linear", rounds=2)).coordinate(
+        Cohort(("a", "b", "c"), schema, exact=False)
+    )
+    value: Any = None
+    with pytest.raises(StopIteration) as stopped:
+        while True:
+            item = steps.send(value)
+            asked = isinstance(item, Round)
+            value = {"weights": np.ones(3), "loss": np.array(1.0), "weight": np.array(-5.0)} if asked else None
+    assert stopped.value.value["model"].weights.tolist() == [2, 2, 2]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from atoll.contract.errors import PlanError, SchemaError
 from atoll.contract.schema import Column, TableSchema
 from atoll.models.linear import LinearModel, Scale, feature_bounds, xy
+from atoll.models.model import Examples, from_spec
 
 FAMILIES = ("linear", "logistic", "poisson")
 TARGETS: dict[str, dict[str, Any]] = {
@@ -139,11 +140,11 @@ def test_predictions_batches_and_the_spec_round_trip(federation: Any, family: st
     assert [len(part_y) for _, part_y in parts] == [33, 33, 33, 1]
     assert np.array_equal(np.concatenate([design for design, _ in parts]), model.design(raw))
     assert np.array_equal(np.concatenate([part_y for _, part_y in parts]), y)
-    again = LinearModel.from_spec(model.spec(), table.schema, {"weights": model.weights})
+    again = from_spec(model.spec(), table.schema, {"weights": model.weights})
     assert again.spec() == model.spec()
     assert np.array_equal(again.predict(table), wanted)
     with pytest.raises(PlanError) as caught:
-        LinearModel.from_spec(model.spec(), table.schema, {"weights": np.zeros(3)})
+        from_spec(model.spec(), table.schema, {"weights": np.zeros(3)})
     assert caught.value.code == "model.shape"
 
 
@@ -175,3 +176,42 @@ def test_models_that_cannot_be_are_refused_without_data(
     with pytest.raises(PlanError) as caught:
         LinearModel.zero(family, schema_of("linear"), features, target)
     assert (caught.value.code, caught.value.field) == (code, field)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.floats(-2, 2), min_size=4, max_size=4), st.integers(0, 1000), st.floats(1e-3, 20))
+def test_clipping_in_closed_form_equals_clipping_one_after_another(
+    family: str, weights: list[float], seed: int, clip: float
+) -> None:
+    model, (raw, y) = model_of(family), rows_of(family, 9, seed)
+    batch = Examples((model.design(raw),), y)
+    total, clipped, losses = np.zeros(4), 0, 0.0
+    for i in range(9):
+        loss, gradient = model.loss_and_gradient(np.array(weights), batch.take(slice(i, i + 1)))
+        norm = float(np.linalg.norm(gradient))
+        total += gradient * min(1, clip / norm if norm else 1)
+        clipped += norm > clip * (1 + 1e-12)
+        losses += loss
+    found = model.clipped_gradient_sum(np.array(weights), batch, clip)
+    assert np.allclose(found[0], total, rtol=1e-9, atol=1e-9)
+    assert abs(found[1] - clipped) <= 1  # a norm of exactly the clip
+    assert found[2] == pytest.approx(losses, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_closed_form_equal_automatic_ones(family: str) -> None:
+    torch = pytest.importorskip("torch")
+    model, (raw, y) = model_of(family), rows_of(family, 20, 5)
+    design, start = model.design(raw), np.array([0.3, -0.2, 0.4, 0.1])
+    w = torch.tensor(start, requires_grad=True)
+    eta, labels = torch.from_numpy(design) @ w, torch.from_numpy(y)
+    loss = {
+        "linear": lambda: (labels - eta).square() / 2,
+        "logistic": lambda: torch.nn.functional.binary_cross_entropy_with_logits(eta, labels, reduction="none"),
+        "poisson": lambda: torch.nn.functional.poisson_nll_loss(eta, labels, reduction="none"),
+    }[family]()
+    loss.mean().backward()
+    found = model.loss_and_gradient(start, Examples((design,), y))
+    assert found[0] == pytest.approx(float(loss.mean().detach()), rel=1e-12)
+    assert np.allclose(found[1], w.grad.numpy(), rtol=1e-12, atol=1e-14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,8 @@ from atoll.contract.wire import body_parts, canonical_json
 from atoll.crypto.identity import Identity, verify
 from atoll.crypto.session import Session
 from atoll.ledger.entry import verify_entry
-from atoll.runtime.egress import EgressGate, Request, body_digest
+from atoll.runtime.budget import Budget, Charge
+from atoll.runtime.egress import Cost, EgressGate, Request, body_digest
 from atoll.runtime.journal import Journal
 from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
@@ -73,7 +75,8 @@ def release(journal: Journal, asked: Request, reply: Any, policy: Policy | None 
     roster = {"north": IDENTITY.public}
     terms = Terms(TASK.run, TASK.round, TASK.attempt, roster, "roster-hash", 1, Choice(sum="plain"))
     party = Own("north", terms, Session(Session.fresh()), {}, {}, IDENTITY.sign, policy or Policy())
-    values = {"protection": Plain(), "party": party, "state": {}, **more}
+    cost = Cost(Charge(TASK.run, TASK.round, "d", math.inf, Budget(exact_releases=None), ""))
+    values = {"protection": Plain(), "party": party, "cost": cost, "state": {}, **more}
     return EgressGate(policy or Policy(), journal).release(asked, reply, **values)
 
 
@@ -108,7 +111,7 @@ def test_a_release_is_what_was_declared_and_is_written_down(journal: Journal) ->
     assert entry["body"] == {
         **TASK.to_json(), "program": "p", "handler": "moments", "reduce": "sum", "protection": "plain",
         "plan": "plan-hash", "roster": "roster-hash", "fields": [["x", "<f8", [2, 3]], ["n", "<i8", []]], "bytes": 56,
-        "clipped": 0, "digest": entry["body"]["digest"], "question": "",
+        "clipped": 0, "epsilon": None, "digest": entry["body"]["digest"], "question": "",
     }  # fmt: skip
     _, kept, state = journal.begin(str(TASK), TASK.run, "p")
     assert kept is not None and np.array_equal(kept.arrays["x"], message.arrays["x"])

@@ -259,3 +259,64 @@ def test_nothing_is_clipped_on_data_that_keeps_the_schema(federation: Any, name:
     federation.run(federation.plan(name, params, tables, run={"holdout": 0.4, "seed": 5}), tables)
     assert federation.releases()
     assert all(body["clipped"] == 0 for body in federation.releases())
+
+
+# ---------------------------------------------------------------- under every protection
+
+
+def close(one: Any, other: Any, tolerance: float) -> bool:
+    """Equal, numbers to within *tolerance* of each other's size."""
+    if isinstance(one, LinearModel):
+        return close(one.weights.tolist(), other.weights.tolist(), tolerance)
+    if isinstance(one, np.ndarray):
+        return close(one.tolist(), other.tolist(), tolerance)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(close(one[key], other[key], tolerance) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(close(a, b, tolerance) for a, b in zip(one, other, strict=True))
+    if isinstance(one, float | np.floating) and other is not None:
+        return bool(np.isclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True))
+    return bool(one == other)
+
+
+HOMOMORPHIC = [{"sum": "paillier", "key_bits": 2048}, {"sum": "ckks"}]
+PROTECTIONS_BESIDES_PLAIN = [
+    pytest.param({"sum": "secagg"}, id="secagg"),
+    pytest.param({"sum": "secagg", "adversary": "active"}, id="active", marks=pytest.mark.slow),
+    *[pytest.param(choice, id=choice["sum"], marks=pytest.mark.slow) for choice in HOMOMORPHIC],
+]
+STATED = {"secagg": 1e-6, "paillier": 1e-6, "ckks": 1e-3}
+"""What the fixed point (or CKKS) may move a result by, relative to its size."""
+
+
+@pytest.mark.parametrize("protection", PROTECTIONS_BESIDES_PLAIN)
+@every_study
+def test_it_gives_the_same_under_every_protection(
+    federation: Any, name: str, params: dict[str, Any], protection: dict[str, Any]
+) -> None:
+    tables = tables_of(federation)
+    run = {"holdout": 0.4, "seed": 5}
+    plain = federation.run(federation.plan(name, params, tables, run=run), tables)
+    hidden = federation.run(federation.plan(name, params, tables, run=run, protection=protection), tables)
+    tolerance = STATED[protection["sum"]]
+    assert close(plain["result"], hidden["result"], tolerance)
+    assert close(plain["evaluation"], hidden["evaluation"], tolerance)
+
+
+@pytest.mark.parametrize("protection", [pytest.param({"sum": "plain"}, id="plain"), *PROTECTIONS_BESIDES_PLAIN])
+@every_study
+def test_it_runs_with_noise_under_every_protection(
+    federation: Any, name: str, params: dict[str, Any], protection: dict[str, Any]
+) -> None:
+    tables = tables_of(federation)
+    run = {"holdout": 0.4, "seed": 5}
+    made = build(name, params)
+    parts = [part for part in (made, *made.parts) if part.name != "statistics.several"]
+    bounded = all(h.record for part in parts for h in part.handlers.values() if h.reduce == "sum")  # type: ignore[attr-defined]
+    privacy = {"unit": "record" if bounded else "site", "epsilon": 20.0, "delta": 1e-5}
+    plan = federation.plan(name, params, tables, run=run, protection=protection, privacy=privacy)
+    outcome = federation.run(plan, tables)
+    assert outcome["result"] is not None
+    charged = [body["epsilon"] for body in federation.releases() if body["step"] == "reply"]
+    assert charged
+    assert all(0 < epsilon <= 20 for epsilon in charged)

@@ -21,8 +21,10 @@ from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
+from atoll.runtime.estimate import LINK, costs, recommended
+from atoll.runtime.noise import noise_of
 from atoll.runtime.sandbox import read_sites, run_sandbox
-from atoll.runtime.study import check_plan
+from atoll.runtime.study import check_plan, settled
 
 
 class TransportName(StrEnum):
@@ -56,10 +58,15 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     plan, sources, base = _load(plan_file, sites, data)
     found: dict[str, Any] = {"plan": plan.name, "plan_hash": plan.hash, "problems": [], "sites": {}, "warnings": []}
     problems: list[AtollError] = []
+    num_sites = len(sources) or len(plan.cohort.sites) or plan.cohort.min_sites
     try:
         check_plan(plan)
+        plan = settled(plan)
+        noise_of(plan, num_sites)
     except AtollError as error:
         problems.append(error)
+    estimates = [] if problems else costs(plan, num_sites)
+    found["protections"] = [asdict(cost) for cost in estimates]
     if sources and len(sources) < plan.cohort.min_sites:
         problems.append(_too_few(plan, len(sources)))
     sound, labels = not problems, dict[str, set[float]]()
@@ -91,6 +98,8 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
         ]
         show.rows(("site", "rows", "left out", "table"), lines)
     show.findings(warnings)
+    if estimates:
+        show.protections(estimates, recommended(estimates), plan.protection.sum, num_sites, LINK)
     refuse_all(PlanError, "check.blocked", problems)
     show.out.print("[green]nothing blocks this plan[/]")
 

@@ -20,6 +20,7 @@ from atoll.contract.errors import AtollError
 
 if TYPE_CHECKING:  # showing an error should not wait for what runs studies
     from atoll.runtime.checkup import Finding
+    from atoll.runtime.estimate import Cost
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -64,6 +65,18 @@ def findings(found: Sequence[Finding]) -> None:
     if found:
         lines = [(one.column, one.where, one.what, one.remedy) for one in found]
         rows(("column", "where", "what warns", "how to mend it"), lines)
+
+
+def protections(found: Sequence[Cost], best: str, chosen: str, num_sites: int, link: str) -> None:
+    """What each protection would cost one site of a plan."""
+    lines = []
+    for cost in found:
+        mark = ", ".join(
+            word for word, there in (("chosen", chosen), ("recommended", best)) if there == cost.protection
+        )
+        figures = ("–", "–") if cost.refused else (f"{cost.seconds:.2g} s", size(cost.bytes))
+        lines.append((cost.protection, *figures, cost.refused or mark))
+    rows(("protection", "about", "of one site", ""), lines, f"estimates for {num_sites} sites, {link}")
 
 
 def log_to_terminal(*, verbose: bool = False) -> None:

@@ -115,6 +115,8 @@ def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
         plan = Plan.from_json(opened["plan"])
         show.say(f"{plan.name}  run {run}", style="bold")
         show.say(f"  program {plan.program}, purpose {plan.purpose}, protection {plan.protection.sum}")
+        if plan.privacy is not None:
+            show.say(f"  privacy of one {plan.privacy.unit}: ε {plan.privacy.epsilon:g}, δ {plan.privacy.delta:g}")
         show.say(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
         show.say(f"  sites {', '.join(opened['roster'])}")
         show.say(f"  plan hash {opened['hash']}", style="dim")
@@ -194,6 +196,33 @@ def roster(
 
 def _state(approved: str | None, key: str) -> str:
     return "new" if approved is None else "approved" if approved == key else "CHANGED"
+
+
+@app.command()
+def budget(home: Home = DEFAULT, machine: Machine = False) -> None:
+    """What each data set's privacy budget was spent on, and what is left of it."""
+    site = SiteHome(home)
+    journal = site.journal()
+    lines = []
+    for dataset in site.config.datasets:
+        allowed = site.policy.budget(dataset)
+        had = journal.spent(dataset, allowed)
+        lines.append({"dataset": dataset, "unit": allowed.unit, "per": allowed.per, "epsilon": had.epsilon,
+                      "epsilon_limit": allowed.epsilon, "delta": had.delta, "delta_limit": allowed.delta,
+                      "exact": had.exact, "exact_limit": allowed.exact_releases})  # fmt: skip
+    journal.close()
+    if machine:
+        show.as_json(lines)
+        return
+
+    def of(line: dict[str, Any], name: str) -> str:
+        limit = line[f"{name}_limit"]
+        return f"{line[name]:.3g} of {'no limit' if limit is None else format(limit, 'g')}"
+
+    show.rows(
+        ("data set", "of one", "in a", "ε spent or reserved", "δ", "exact releases"),
+        [(x["dataset"], x["unit"], x["per"], of(x, "epsilon"), of(x, "delta"), of(x, "exact")) for x in lines],
+    )
 
 
 @app.command()

@@ -142,6 +142,15 @@ class Party(Protocol):
         they are too few for its policy, and DisclosureError where the same was told of nearly the same sites."""
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one Sum costs one site: seconds of one core, bytes sent and got, and round trips."""
+
+    seconds: float
+    bytes: int
+    trips: int
+
+
 class Protection(Protocol):
     """One way to make a Sum; found by its registration under ``name``."""
 
@@ -161,6 +170,10 @@ class Protection(Protocol):
     def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
         """Site half: what leaves in *step*. reply: in step "reply", what the handler answered to the round's
         *fields*, checked and clipped; else empty."""
+
+
+    def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
+        """About what a Sum of *fields* over *num_sites* costs, by speeds measured here and now."""
 
 
 PROTECTIONS: dict[str, Protection] = {}

@@ -7,7 +7,9 @@ length, so that no two purposes share one. A stream's key is used once, so its c
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,10 +56,10 @@ class Stream:
         self._encryptor.update_into(_ZEROS[: len(buffer)], buffer)
 
 
-def pieces_of(vector: Array, streams: Sequence[Stream]) -> Iterator[tuple[Array, Iterator[Array]]]:
-    """*vector* in pieces along its first axis; with each, every stream's next bytes as an array like the piece.
+def pieces_of(vector: Array, streams: Sequence[Stream]) -> Iterator[tuple[int, Array, Iterator[Array]]]:
+    """*vector* in pieces along its first axis: (where it begins, the piece, every stream's next bytes like the piece).
 
-    The array is the same memory each time: use it before asking for the next.
+    The bytes are in the same memory each time: use them before asking for the next.
     """
     step = CHUNK_BYTES // (vector.nbytes // len(vector)) if len(vector) else 1
     scratch = memoryview(bytearray(CHUNK_BYTES))
@@ -71,4 +73,14 @@ def pieces_of(vector: Array, streams: Sequence[Stream]) -> Iterator[tuple[Array,
                 stream.into(view)
                 yield mask
 
-        yield piece, masks()
+        yield start, piece, masks()
+
+
+@cache
+def mask_bytes_s() -> float:
+    """How many bytes of mask a core of this machine makes in a second; measured once."""
+    stream, buffer = Stream(fresh_key()), bytearray(CHUNK_BYTES)
+    start = time.perf_counter()
+    for _ in range(32):
+        stream.into(buffer)
+    return 32 * CHUNK_BYTES / (time.perf_counter() - start)

@@ -9,20 +9,20 @@ Source: McCullagh & Nelder 1989, Generalized Linear Models, ch. 2 (canonical lin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-from atoll.contract.errors import PlanError, SchemaError
+from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
 from atoll.contract.schema import TableSchema
+from atoll.contract.wire import Array, Json
+from atoll.models import model as port
+from atoll.models.model import Examples, Family, Floats, ModelTask, model
 
-Floats = NDArray[np.float64]
-Family = Literal["linear", "logistic", "poisson"]
-TASK = {"linear": "regression", "logistic": "binary", "poisson": "count"}
+TASK: dict[Family, ModelTask] = {"linear": "regression", "logistic": "binary", "poisson": "count"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,20 @@ def feature_bounds(schema: TableSchema, name: str) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
+class LinearSpec(port.Settings):
+    """A family, and the columns that it is of."""
+
+    kind: Literal["linear"] = "linear"
+    family: Family
+    features: tuple[str, ...]
+
+
+@model
 @dataclass(frozen=True, slots=True)
 class LinearModel:
     """A fitted or unfitted GLM. weights: [1 + num_features] in scaled units."""
+
+    Spec: ClassVar[type[LinearSpec]] = LinearSpec
 
     family: Family
     features: tuple[str, ...]
@@ -69,9 +80,23 @@ class LinearModel:
             raise PlanError("plan.no-features", "a model needs at least one feature", field="features")
         return LinearModel(family, features, target, Scale.of(schema, features), np.zeros(1 + len(features)))
 
-    def with_weights(self, weights: Floats) -> LinearModel:
+    @staticmethod
+    def of(spec: LinearSpec, schema: TableSchema) -> LinearModel:
+        """As :meth:`zero`."""
+        return LinearModel.zero(spec.family, schema, spec.features, spec.target)
+
+    @property
+    def task(self) -> ModelTask:
+        """What it predicts."""
+        return TASK[self.family]
+
+    def initial(self, seed: int) -> Floats:
+        """Zero: the loss is convex."""
+        return np.zeros_like(self.weights)
+
+    def with_weights(self, weights: Floats) -> Self:
         """The same model with other weights."""
-        return LinearModel(self.family, self.features, self.target, self.scale, np.asarray(weights, np.float64))
+        return replace(self, weights=np.asarray(weights, np.float64))
 
     def design(self, batch: Floats) -> Floats:
         """Raw features [n, k] → [n, 1 + k], scaled, with a leading column of ones."""
@@ -114,31 +139,54 @@ class LinearModel:
         matrix[np.arange(1, size), np.arange(1, size)] = 1 / self.scale.half
         return matrix
 
+    # -- learning
+
+    def examples(self, table: TableView) -> Examples:
+        """The design matrix [num_rows, 1 + num_features] and the labels; raises SchemaError when a cell is missing."""
+        parts = list(xy(self, table)) or [(np.empty((0, len(self.weights))), np.empty(0))]
+        design, y = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Examples((design,), y)
+
+    def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
+        """See the port: the gradient is mean of (predicted mean − y) · x."""
+        (x,), y = batch.inputs, batch.labels
+        eta = x @ weights
+        return float(self.loss(eta, y).mean()), x.T @ (self.mean(eta) - y) / len(y)
+
+    def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
+        """See the port. An example's gradient (mean − y) · x has the norm |mean − y| · ‖x‖, so none is ever formed
+        (Goodfellow 2015, Efficient Per-Example Gradient Computations)."""
+        (x,), y = batch.inputs, batch.labels
+        eta = x @ weights
+        error = self.mean(eta) - y
+        norms = np.abs(error) * np.sqrt(np.einsum("ij,ij->i", x, x))
+        clipped = x.T @ (error * (clip_norm_l2 / np.maximum(norms, clip_norm_l2)))
+        return clipped, int((norms > clip_norm_l2).sum()), float(self.loss(eta, y).sum())
+
     # -- as it travels and is stored
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> dict[str, Json]:
         """Everything but the weights, as JSON."""
         return {"kind": "linear", "family": self.family, "features": list(self.features), "target": self.target}
 
-    @staticmethod
-    def from_spec(spec: Mapping[str, Any], schema: TableSchema, arrays: Mapping[str, NDArray[Any]]) -> LinearModel:
-        """Inverse of :meth:`spec` with its weights; raises PlanError when they do not fit the schema."""
-        made = LinearModel.zero(spec["family"], schema, tuple(spec["features"]), str(spec["target"]))
-        if "weights" not in arrays or arrays["weights"].shape != made.weights.shape:
-            raise PlanError("model.shape", "the weights do not fit the model", field="weights")
-        return made.with_weights(arrays["weights"])
+    def arrays(self) -> dict[str, Array]:
+        """The scaled weights, and the scale."""
+        return {"weights": self.weights, "middle": self.scale.middle, "half": self.scale.half}
 
 
-def xy(model: LinearModel, table: TableView, batch_rows: int = 65_536) -> Any:
+def xy(model: LinearModel, table: TableView, batch_rows: int = 65_536) -> Iterator[tuple[Floats, Floats]]:
     """Batches (design [n, 1 + k], y [n]); raises SchemaError when a cell is missing."""
-    for batch in table.batches((*model.features, model.target), batch_rows):
-        if np.isnan(batch).any():
-            names = (*model.features, model.target)
-            gaps = [name for name, bad in zip(names, np.isnan(batch).any(axis=0), strict=True) if bad]
-            raise SchemaError(
-                "schema.missing",
-                "a model's columns have missing cells",
-                field=", ".join(gaps),
-                remedy="impute them in the recipe, or leave them out",
-            )
+    names = (*model.features, model.target)
+    for batch in table.batches(names, batch_rows):
+        gaps = np.isnan(batch).any(axis=0)
+        if gaps.any():
+            raise port.missing([name for name, bad in zip(names, gaps, strict=True) if bad])
         yield model.design(batch[:, :-1]), batch[:, -1]
+
+
+def named(model: port.Model) -> dict[str, dict[str, float]]:
+    """{"coefficients": {"intercept": …, feature: …}} of a linear model; nothing of another."""
+    if not isinstance(model, LinearModel):
+        return {}
+    intercept, slopes = model.coefficients()
+    return {"coefficients": {"intercept": intercept, **dict(zip(model.features, slopes.tolist(), strict=True))}}

@@ -14,9 +14,12 @@ import numpy as np
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import AtollError
-from atoll.contract.protection import REPLY, Exchange, Party, Replies, Terms, register
+from atoll.contract.protection import REPLY, Choice, Estimate, Exchange, Party, Replies, Terms, register
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
+
+COPY_BYTES_S = 1e9
+"""About how fast a reply is checked and signed."""
 
 
 def add_up(replies: Replies, fields: Mapping[str, Field]) -> dict[str, Array]:
@@ -59,6 +62,11 @@ class Plain:
     def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
         """Nothing is hidden from the coordinator."""
         return reply
+
+    def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
+        """The reply as it is."""
+        size = sum(field.size_bytes for field in fields.values())
+        return Estimate(size / COPY_BYTES_S, size, 1)
 
 
 register(Plain())

@@ -19,8 +19,9 @@ from atoll.contract.program import build, handler_of
 from atoll.contract.protection import Exchange, Replies, Terms, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
-from atoll.runtime.courier import Courier, Flights, all_of, session_of, unbroken
+from atoll.runtime.courier import Courier, Flights, all_of, described, session_of, unbroken
 from atoll.runtime.egress import check_groups
+from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import summarise
@@ -167,13 +168,14 @@ class _Run:
         protection, choice = find(self.plan.protection.sum), self.plan.protection
         attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
         least, keys = self.plan.cohort.min_sites, {s: bytes.fromhex(k) for s, k in sorted(self.roster.items())}
-        terms = Terms(self.run, number, attempt, keys, roster_hash(self.roster), least, choice)
+        question = "" if protection.reveals else question_digest(described(asked), asked.send)
+        terms = Terms(self.run, number, attempt, keys, roster_hash(self.roster), least, choice, question)
         made = build(asked.program, asked.params)
         fields = asked.reply if self.noise is None else with_room(self.noise, self.plan, made, asked, number)
         combining = protection.combine(replace(asked, reply=fields), sites, terms, self.sessions)
         step: Exchange | Summed = next(combining)
         while isinstance(step, Exchange):
-            arrived = await self.exchange(asked, number, step, attempt)
+            arrived = await self.exchange(asked, number, step, attempt, question)
             for site, incoming in arrived.items():
                 replies.setdefault(site, []).append(incoming)
             large = any(incoming.head.body_bytes > SMALL_BYTES for incoming in arrived.values())
@@ -319,7 +321,9 @@ class _Run:
 
     # ---------------------------------------------------------------- exchanges
 
-    async def exchange(self, asked: Round, number: int, exchange: Exchange, attempt: int = 0) -> dict[str, Incoming]:
+    async def exchange(
+        self, asked: Round, number: int, exchange: Exchange, attempt: int = 0, question: str = ""
+    ) -> dict[str, Incoming]:
         """Verified replies of one exchange, in cohort order; sites that dropped out are absent.
 
         Raises the first failure that is not a dropout.
@@ -327,7 +331,7 @@ class _Run:
 
         async def one(site: str) -> Incoming | None:
             try:
-                return await self.courier.ask(asked, number, exchange, site, attempt)
+                return await self.courier.ask(asked, number, exchange, site, attempt, question)
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
                 if _is_dropout(error):

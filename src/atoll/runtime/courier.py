@@ -41,20 +41,18 @@ class Courier:
         check = expect("opened", site=site, step="open", trace=self._run)
         return await self._transport.request(site, Message("open", meta), self._plan.run.deadline_s, check, progress)
 
-    async def ask(self, asked: Round, number: int, exchange: Exchange, site: str, attempt: int = 0) -> Incoming:
-        """One site's verified release. The task's id is the same after a restart, so nothing is done twice."""
+    async def ask(
+        self, asked: Round, number: int, exchange: Exchange, site: str, attempt: int = 0, question: str = ""
+    ) -> Incoming:
+        """One site's verified release. The task's id is the same after a restart, so nothing is done twice.
+        question: what a protection binds every step to (see :func:`described`)."""
         task = TaskId(self._run, number, attempt, exchange.step, site)
         owed = list(self._owed.get(site, []))
         meta: dict[str, Json] = {
             "id": str(task),
             **task.to_json(),
-            "name": asked.name,
-            "program": asked.program,
-            "version": REGISTRY[asked.program].version,
-            "params": asked.params,
-            "fields": {name: declared.to_json() for name, declared in asked.reply.items()},
-            "reduce": asked.reduce.tag,
-            "view": asked.view,
+            **described(asked),
+            "question": question,
             "receipts": owed,
         }
         own = {OWN + name: value for name, value in {**exchange.send, **exchange.send_to.get(site, {})}.items()}
@@ -117,6 +115,19 @@ class Flights:
         """Wait for nobody any more."""
         for task in self._flying:
             task.cancel()
+
+
+def described(asked: Round) -> dict[str, Json]:
+    """What a round asks, as every site is told it, without its arrays."""
+    return {
+        "name": asked.name,
+        "program": asked.program,
+        "version": REGISTRY[asked.program].version,
+        "params": asked.params,
+        "fields": {name: declared.to_json() for name, declared in asked.reply.items()},
+        "reduce": asked.reduce.tag,
+        "view": asked.view,
+    }
 
 
 def expect(kind: str, fields: Mapping[str, Field] | None = None, **where: Any) -> Callable[[Head], None]:

@@ -10,6 +10,7 @@ allows, nothing beyond its declared bound. Its ledger entry is written durably f
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from atoll.runtime.journal import Journal, Receipt
 from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
 
+log = logging.getLogger("atoll.site")
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -47,11 +50,20 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Noised:
-    """The noise for one release: its scale for each field, and secret randomness by field."""
+    """The noise for one release: the fields with room for it, its scale for each, and secret randomness by field."""
 
     noise: Noise
+    fields: Mapping[str, Field]
     scales: Mapping[str, float]
     random: Callable[[str], Stream]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a release costs, and its noise, if any."""
+
+    charge: Charge
+    noised: Noised | None = None
 
 
 def body_digest(specs: Json, body_sha256: bytes) -> str:
@@ -71,10 +83,9 @@ class EgressGate:
         reply: Mapping[str, Any],
         protection: Protection,
         party: Own,
+        cost: Cost,
         state: Mapping[str, Array] | None,
         receipts: Sequence[Receipt] = (),
-        noised: Noised | None = None,
-        charge: Charge | None = None,
     ) -> Message:
         """The release message for a handler's *reply*, durably recorded together with the program's *state*,
         that of its protection, what it costs, and the coordinator's *receipts* for earlier releases.
@@ -82,6 +93,7 @@ class EgressGate:
         Raises ProtocolError (fields, shape, NaN), DisclosureError (small group), PolicyError
         (size) or IntegrityError (journal cannot be written); in each case nothing leaves.
         """
+        noised = cost.noised
         shown = protection.reveals and noised is None
         told = judged(reply, asked.handler.cells, self._policy.rule() if shown else Rule())
         arrays = as_arrays(told, asked.fields)
@@ -92,21 +104,25 @@ class EgressGate:
         arrays, clipped = _clip(arrays, asked.fields)
         fields = asked.fields
         if noised is not None:
-            arrays = noised.noise.add(arrays, fields, noised.scales, noised.random)
-            fields = noised.noise.room(fields, noised.scales)
+            arrays = noised.noise.add(arrays, noised.fields, noised.scales, noised.random)
+            fields = noised.fields
             arrays, _ = _clip(arrays, fields)
         arrays = protection.answer(REPLY, party, arrays, fields)
         party.replied()
-        return self._send(asked, arrays, protection, party, state, receipts, clipped, charge)
+        if clipped and not shown:  # how many is the site's own secret then
+            log.warning("%s: %d values beyond their bounds were clipped in %s", party.name, clipped, asked.task)
+        told_clipped = clipped if shown else None
+        return self._send(asked, arrays, protection, party, state, receipts, told_clipped, cost.charge)
 
     def relay(self, asked: Request, protection: Protection, party: Own, receipts: Sequence[Receipt] = ()) -> Message:
         """The release message of a protection's own exchange: keys, shares, signatures, and no reply."""
         arrays = protection.answer(asked.task.step, party, {}, asked.fields)
-        return self._send(asked, arrays, protection, party, None, receipts, 0, None)
+        return self._send(asked, arrays, protection, party, None, receipts, None, None)
 
     def _send(
         self, asked: Request, arrays: dict[str, Array], protection: Protection, party: Own,
-        state: Mapping[str, Array] | None, receipts: Sequence[Receipt], clipped: int, charge: Charge | None,
+        state: Mapping[str, Array] | None, receipts: Sequence[Receipt], clipped: int | None,
+        charge: Charge | None,
     ) -> Message:  # fmt: skip
         specs, parts = body_parts(arrays)
         digest = hashlib.sha256()

@@ -33,8 +33,9 @@ def query_key(dataset: str, message: Message) -> str:
 
 
 def question_digest(meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> str:
-    """What a release entry says of the question: SHA-256 (hex) over parameters, view, fields and sent *arrays*."""
-    asked: Json = {name: meta[name] for name in ("params", "view", "fields")}
+    """What a release entry says of the question: SHA-256 (hex) over program, handler, parameters, view, fields and
+    sent *arrays*."""
+    asked: Json = {name: meta[name] for name in ("program", "name", "params", "view", "fields")}
     specs, parts = body_parts(arrays)
     digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
     for part in parts:

@@ -35,7 +35,12 @@ def noise_of(plan: Plan, num_sites: int) -> Noise | None:
     where its promise cannot be kept."""
     if plan.privacy is None:
         return None
-    rounds = _dry(plan)
+    rounds, ended = dry(plan)
+    if not ended:
+        raise PlanError(
+            "privacy.rounds", "how many sums the study needs cannot be told beforehand, so no noise can be chosen",
+            field="program", remedy="choose a program with a fixed number of rounds, and recipe steps that fit nothing",
+        )  # fmt: skip
     problems = [asked for asked in rounds if not isinstance(asked.reduce, Sum)]
     if problems:
         raise PlanError(
@@ -87,7 +92,7 @@ def check_entities(plan: Plan, tables: Sequence[Table]) -> None:
 def with_room(noise: Noise, plan: Plan, program: Program, asked: Round, number: int) -> dict[str, Field]:
     """A round's fields as they are with noise in them: what the coordinator expects of its sum."""
     norms = norms_of(plan, program, asked.name, asked.schema, asked.reply, asked.send)
-    return noise.room(asked.reply, noise.scales(number, asked.reply, norms))
+    return noise.fitted(number, asked.reply, norms)[0]
 
 
 def not_negative(arrays: Mapping[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
@@ -119,8 +124,8 @@ def _by_bounds(fields: Mapping[str, Field]) -> dict[str, Norms]:
     return found
 
 
-def _dry(plan: Plan) -> list[Round]:
-    """The rounds that a study asks for, found by running it on sums that tell nothing."""
+def dry(plan: Plan) -> tuple[list[Round], bool]:
+    """The rounds that a study asks for, found by running it on sums that tell nothing; and whether it ended."""
     asked: list[Round] = []
     steps, value, ended = study(plan, ("a", "b", "c")), None, False
     with np.errstate(all="ignore"), contextlib.suppress(AtollError, *UNDEFINED):
@@ -135,12 +140,7 @@ def _dry(plan: Plan) -> list[Round]:
                 asked.append(item)
                 value = _nothing(item)
     steps.close()
-    if not ended:
-        raise PlanError(
-            "privacy.rounds", "how many sums the study needs cannot be told beforehand, so no noise can be chosen",
-            field="program", remedy="choose a program with a fixed number of rounds, and recipe steps that fit nothing",
-        )  # fmt: skip
-    return asked
+    return asked, ended
 
 
 def _nothing(asked: Round) -> Summed | Gathered:
@@ -148,6 +148,7 @@ def _nothing(asked: Round) -> Summed | Gathered:
         return Gathered({})
     arrays = {}
     for name, field in asked.reply.items():
-        counts = field.dtype == "<i8"
-        arrays[name] = np.full([n or 0 for n in field.shape], NOBODY if counts else 0, "<i8" if counts else "<f8")
+        whole = np.dtype(field.dtype).kind in "iu"
+        some = NOBODY if field.dtype == "<i8" else 0
+        arrays[name] = np.full([n or 0 for n in field.shape], some, "<i8" if whole else "<f8")
     return Summed(arrays, ("a", "b", "c"))

@@ -36,8 +36,8 @@ class View:
 
 @dataclass
 class Own:
-    """What a protection's site half may use (see :class:`atoll.contract.protection.Party`). question: digest
-    of what the round asks. query: what the journal is to remember of the release."""
+    """What a protection's site half may use (see :class:`atoll.contract.protection.Party`). query: what the journal is
+    to remember of the release."""
 
     name: str
     terms: Terms
@@ -46,13 +46,12 @@ class Own:
     state: dict[str, Array]
     sign: Callable[[bytes], bytes]
     policy: Policy
-    question: str = ""
     query: Query | None = field(default=None)
 
     def replied(self) -> None:
         """Note what was asked of which rows, for when the survivors are known."""
         if self.query is not None:
-            key = hashlib.sha256(f"{self.query.key} {self.question}".encode()).digest()
+            key = hashlib.sha256(f"{self.query.key} {self.terms.question}".encode()).digest()
             self.state |= {"asked": np.frombuffer(key, np.uint8), "rows": self.query.rows}
 
     def commit(self, survivors: Sequence[str]) -> None:

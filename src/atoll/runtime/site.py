@@ -9,58 +9,35 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
 from atoll.contract.plan import Plan
-from atoll.contract.program import Program, build, handler_of
-from atoll.contract.protection import REPLY, Protection, Terms, find, parted
+from atoll.contract.program import handler_of
+from atoll.contract.protection import REPLY, find, parted
 from atoll.contract.rounds import Field, Task, TaskId
-from atoll.contract.wire import Array, Json, Message, canonical_json
+from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity, verify
-from atoll.crypto.prg import Stream, derive
 from atoll.crypto.session import Session, claim
 from atoll.data.site_data import SiteData
-from atoll.data.table import Table
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
-from atoll.privacy.dp.release import Noise
 from atoll.runtime.approval import Progress, await_approval
-from atoll.runtime.budget import Charge
-from atoll.runtime.egress import EgressGate, Noised, Request, too_large
-from atoll.runtime.journal import ENDS, PROTECTION, Journal, Receipt, not_running
-from atoll.runtime.memory import Query, query_key, question_digest
-from atoll.runtime.noise import check_entities, noise_of, norms_of
-from atoll.runtime.party import Own, View
+from atoll.runtime.egress import EgressGate, Request, too_large
+from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
+from atoll.runtime.memory import question_digest
+from atoll.runtime.noise import check_entities
+from atoll.runtime.opened import Opened
+from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
-from atoll.runtime.study import Permitted, check_plan
+from atoll.runtime.study import check_plan
 
 log = logging.getLogger("atoll.site")
-
-
-@dataclass
-class _Opened:
-    """A run as this process knows it; the journal holds what must survive."""
-
-    plan: Plan
-    hash: str
-    roster: Mapping[str, str]
-    roster_hash: str
-    secret: bytes
-    session: Session
-    noise: Noise | None
-    permitted: Permitted
-    program: dict[bytes, Program] = field(default_factory=dict)
-    data: SiteData | None = None
 
 
 class Site:
@@ -71,11 +48,11 @@ class Site:
         coordinator_public: bytes,
     ) -> None:  # fmt: skip
         """data: reads, checks and prepares the site's own table for a plan. coordinator_public: pinned at enrolment."""
-        self.name, self._sign = identity.name, identity.sign
+        self.name, self._identity = identity.name, identity
         self._journal, self._policy, self._data = journal, policy, data
         self._coordinator = coordinator_public
         self._gate = EgressGate(policy, journal)
-        self._runs: dict[str, _Opened] = {}
+        self._runs: dict[str, Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
 
@@ -140,7 +117,7 @@ class Site:
         await_approval(self._journal, self._policy, self.name, run, roster, progress)
         if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
             with self._lock(run):
-                tables = self._prepared(self._opened(run), {})
+                tables = self._opened(run).tables({})
                 rows = sum(map(len, tables))
                 check_entities(plan, tables)
             self._journal.set_setting(f"rows {run}", str(rows))
@@ -152,7 +129,7 @@ class Site:
             self._journal.start_run(run, plan, self._policy.budget(plan.dataset))
         told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share else ""
         public = Session(self._journal.session(run)).public
-        signed = public + self._sign(claim(run, announced["roster_hash"], self.name, public))
+        signed = public + self._identity.sign(claim(run, announced["roster_hash"], self.name, public))
         answer = {"re": message.meta["id"], "rows": int(told) if told else None, "session": signed.hex()}
         return Message("opened", answer)
 
@@ -179,27 +156,30 @@ class Site:
     ) -> Message:
         """Run the handler that the task names, and let its reply out through the gate."""
         meta, opened = message.meta, self._opened(task.run)
-        program = self._program(opened, str(meta["program"]), meta["params"])
+        program = opened.program(str(meta["program"]), meta["params"])
         if program.version != meta["version"]:
             raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
-        handler = handler_of(program, str(meta["name"]))
+        name = str(meta["name"])
+        handler = handler_of(program, name)
         if handler.reduce != meta["reduce"]:
             raise ProtocolError("task.reduction", f"its replies may only be asked for by {handler.reduce}")
+        if opened.noise is not None and handler.reduce != "sum":
+            raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
         fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
         if sum(declared.size_bytes for declared in fields.values()) > self._policy.max_message_bytes:
             raise too_large()
         protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
-        sent, own = parted(message.arrays)
-        party = self._party(opened, task, own, protection)
-        asked = Request(
-            task, program.name, str(meta["name"]), handler, fields, opened.hash, opened.roster_hash,
-            question_digest(meta, message.arrays),
-        )  # fmt: skip
-        party.question = question = question_digest(meta, sent)
-        if opened.noise is not None and handler.reduce != "sum":
-            raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
+        sent, exchanged = parted(message.arrays)
+        party, digest = opened.party(task, exchanged, protection, meta), question_digest(meta, message.arrays)
+        asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest)
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)
+        question = question_digest(meta, sent)
+        if not protection.reveals and question != party.terms.question:
+            raise ProtocolError(
+                "task.question", "what is asked is not what the round's steps are about", field="question",
+                remedy="the coordinator asked sites in different words: do not go on with it",
+            )  # fmt: skip
         before = dict(state)
         if meta["view"]:
             self._journal.pin_view(task.run, meta["view"])
@@ -208,69 +188,26 @@ class Site:
             _must_be_running(self._journal.status(task.run))
             progress({"done": round(done / max(total, 1), 2), "total": 1})  # not how many rows there are
 
-        smallest = self._policy.min_group_size if protection.reveals else 1
-        view = View(self.name, self._prepared(opened, meta["view"]), state, tell, self._policy.share, smallest)
+        smallest = self._policy.min_group_size if protection.reveals and opened.noise is None else 1
+        view = View(self.name, opened.tables(meta["view"]), state, tell, self._policy.share, smallest)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
-        random = partial(_stream, opened.secret, task.round, "sample")
-        reply = handler.answer(program, view, Task(task, sent, words, random))
+        reply = handler.answer(program, view, Task(task, sent, words, opened.random(task.round, "sample")))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
-        if self._policy.repeats == "refuse":
-            rows = np.stack([view.table.sketch, view.holdout.sketch])
-            cohort = frozenset[str]() if protection.reveals else frozenset(opened.roster)
-            limits = self._policy.min_group_size, self._policy.min_sites
-            party.query = Query(query_key(opened.plan.dataset, message), rows, cohort, *limits)
-        noised = None
-        if opened.noise is not None:
-            party.query = None  # not an exact one
-            norms = norms_of(opened.plan, program, asked.name, view.table.schema, fields, sent)
-            scales = opened.noise.scales(task.round, fields, norms)
-            noised = Noised(opened.noise, scales, partial(_stream, opened.secret, task.round, question))
-        cost = opened.noise.costs[task.round] if opened.noise else math.inf
-        budget = self._policy.budget(opened.plan.dataset)
-        charge = Charge(task.run, task.round, opened.plan.dataset, cost, budget, question)
-        return self._gate.release(asked, reply, protection, party, state if changed else None, receipts, noised, charge)
-
-    def _party(self, opened: _Opened, task: TaskId, sent: Mapping[str, Array], protection: Protection) -> Own:
-        """What *protection* may use for a task."""
-        plan, roster = opened.plan, {s: bytes.fromhex(k) for s, k in sorted(opened.roster.items())}
-        least, choice = plan.cohort.min_sites, plan.protection
-        terms = Terms(task.run, task.round, task.attempt, roster, opened.roster_hash, least, choice)
-        state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
-        return Own(self.name, terms, opened.session, sent, state, self._sign, self._policy)
-
-    def _program(self, opened: _Opened, name: str, params: Json) -> Program:
-        """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
-        key = canonical_json([name, params])
-        if key not in opened.program:
-            program = build(name, params)
-            opened.permitted.check(program)
-            self._policy.check_program(program.name, program.version)
-            opened.program = {key: program}
-        return opened.program[key]
+        party.query = opened.remembered(message, view, protection)
+        cost = opened.cost(task, program, name, view, fields, sent, question)
+        return self._gate.release(asked, reply, protection, party, cost, state if changed else None, receipts)
 
     def _lock(self, run: str) -> threading.Lock:
         """Tasks of one run are answered one after another."""
         with self._guard:
             return self._locks.setdefault(run, threading.Lock())
 
-    def _opened(self, run: str) -> _Opened:
+    def _opened(self, run: str) -> Opened:
         with self._guard:
             if run not in self._runs:
-                _, opened, _ = self._journal.run(run) or ("", {}, "")
-                plan = Plan.from_json(opened["plan"])
-                secret, noise = self._journal.session(run), noise_of(plan, len(opened["roster"]))
-                self._runs[run] = _Opened(
-                    plan, opened["hash"], opened["roster"], opened["roster_hash"], secret, Session(secret), noise,
-                    Permitted(plan),
-                )  # fmt: skip
+                self._runs[run] = Opened(run, self._identity, self._journal, self._policy, self._data)
             return self._runs[run]
-
-    def _prepared(self, opened: _Opened, view: Mapping[str, Any]) -> tuple[Table, Table]:
-        """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
-        if opened.data is None:
-            opened.data = self._data(opened.plan)
-        return opened.data.parts(view)
 
     # ---------------------------------------------------------------- close
 
@@ -293,11 +230,6 @@ class Site:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
-
-
-def _stream(secret: bytes, number: int, purpose: str, label: str) -> Stream:
-    """Secret randomness of one round: the same when it is asked again, so that nothing is told or spent twice."""
-    return Stream(derive(secret, "site", number, purpose, label))
 
 
 def _must_be_running(status: str) -> None:

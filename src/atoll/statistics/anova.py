@@ -21,6 +21,7 @@ from atoll.contract.program import Cohort, ProgramParams, program
 from atoll.contract.rounds import Steps
 from atoll.contract.wire import Array
 from atoll.statistics.group_by import group_moments
+from atoll.statistics.noise import NOISED
 
 
 @program(
@@ -73,6 +74,7 @@ class Anova:
         else:
             tested = _tested(n.astype(np.float64), center - center[0] + offset, variance)
             note = "" if tested["f"] is not None else "no value differs from its group's mean: F is undefined"
+            note = note or ("" if cohort.exact else NOISED)
         told = {"column": self.params.column, "by": self.params.by, "groups": groups, **tested, "note": note}
         return {"anova": told}
 

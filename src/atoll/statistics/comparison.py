@@ -29,6 +29,7 @@ from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, h
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
+from atoll.statistics.noise import smallest
 from atoll.statistics.quality import Quality
 
 APART, COMMON = 0.2, 0.05
@@ -73,7 +74,7 @@ class Comparison:
         """Returns {"quality": as that program, "comparison": {"sites": number, "columns": {name: {flag: sites}},
         "codes": {name: {code: sites that have it}}, "grains": {name: {grain: sites}},
         "own": {site: {name: [flags]}}}}."""
-        columns, rows, smallest = _Columns(cohort.schema), cohort.schema.max_rows, cohort.min_group_size
+        columns, rows, fewest = _Columns(cohort.schema), cohort.schema.max_rows, smallest(cohort)
         size, coded, most = len(columns.names), len(columns.coded), columns.most
         quality = yield from Quality(Quality.Params(own=self.params.own)).coordinate(cohort)
         fields = {
@@ -91,16 +92,17 @@ class Comparison:
         }
         total = yield Round("shares", Sum(), fields)
         with np.errstate(invalid="ignore", divide="ignore"):
-            gone = CELLS.hidden(total, smallest).any(axis=1)
-            missing = np.where(gone, -1.0, total["cells"][:, 0] / total["cells"].sum(axis=1))
-            hidden = (CODES.hidden(total, smallest) | CODED.hidden(total, smallest)[..., None])[:, 1]
-            codes = np.where(hidden, -1.0, np.nan_to_num(total["codes"][:, 1] / total["coded"][:, 1:]))
+            gone = CELLS.hidden(total, fewest).any(axis=1)
+            missing = np.where(gone, -1.0, np.nan_to_num(total["cells"][:, 0] / total["cells"].sum(axis=1), nan=-1.0))
+            hidden = (CODES.hidden(total, fewest) | CODED.hidden(total, fewest)[..., None])[:, 1]
+            codes = np.minimum(np.nan_to_num(total["codes"][:, 1] / total["coded"][:, 1:]), 1.0)
+            codes = np.where(hidden, -1.0, codes)
         send = {"missing": missing, "codes": codes}
         apart = yield Round(
             "apart", Sum(), {"missing": count(size, bound=1), "codes": count((coded, 2), bound=1)}, send
         )
         own: dict[str, dict[str, list[str]]] = {}
-        if self.params.own:
+        if self.params.own and cohort.exact:
             flags = {"flags": real((size, len(FLAGS)))}
             gathered = yield Round("own", Gather(), flags, send, optional=True)
             own = {site: _named(columns, gathered[site]["flags"]) for site in gathered}

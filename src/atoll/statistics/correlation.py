@@ -25,6 +25,10 @@ hold nobody or k people between neighbouring cuts; other edges are told as the n
 D ≤ k − 1 rows, and e by D√n. And at least k of its rows share a score, their mean, so that no counts that a
 coordinator makes up single out a row: e grows by at most what these groups span.
 
+Noise. Pearson: one round, "products", about the middle of the schema's ranges in halves of them. Spearman: one
+histogram, over even bins; then "grade_products", of ranks as shares of the largest, which go out with the edges, so
+that what a row adds depends on that row alone. The matrix is mended to have no negative eigenvalue.
+
 The coordinator learns, of the cohort's total: counts, moments or histograms of each column, and for each
 pair the count, sums, squares and cross-product; listwise, how many incomplete rows have each column, and how
 many sites left out theirs; under ``plain`` each site's. Threat model: as the plan's protection. Dropout: the
@@ -37,7 +41,7 @@ Sources: Chan, Golub & LeVeque 1983 (two-pass moments); Kendall & Gibbons 1990, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -50,9 +54,24 @@ from atoll.contract.disclosure import TOP, Cells
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Field, Reply, Round, Steps, Sum, Task, count, real, withheld
-from atoll.contract.schema import Column, TableSchema
+from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics import ranks
 from atoll.statistics.group_by import add_largest
+from atoll.statistics.noise import (
+    NOISED,
+    NOTHING,
+    coarse,
+    cumulated,
+    fine,
+    mended,
+    only_summed,
+    powers,
+    reach,
+    sent_array,
+    smallest,
+)
 
 Floats = NDArray[np.float64]
 COLUMN = Cells("count", "withheld", values=("s1", "s2"), largest="top")
@@ -93,50 +112,64 @@ class Correlation:
         "error_bound", "mean", "std", "notes"}}.
 
         Matrices are lists of rows in the order of *columns*; None where a correlation is undefined (a column
-        that does not vary) or withheld. error_bound: None for Pearson. p_values: two-sided, of Student's t with
-        n − 2 degrees of freedom. mean, std: of each column (Pearson), for programs that go on from here.
+        that does not vary) or withheld. error_bound: None for Pearson, and under noise. p_values: two-sided, of
+        Student's t with n − 2 degrees of freedom. mean, std: of each column (Pearson), for programs
+        that go on from here.
         """
         names, p = self._names(cohort.schema), len(self._names(cohort.schema))
         ranked = self.params.method == "spearman"
-        error = np.zeros(p)
-        if ranked:
+        error, fewest = np.zeros(p), smallest(cohort)
+        if ranked and not cohort.exact:
+            send, center, scale, bound, sites = yield from self._grades(cohort, names)
+        elif not cohort.exact:
+            (center, scale), bound, sites = self._ranges(cohort.schema), float(cohort.schema.max_rows), None
+            send = {"center": center, "scale": scale}
+        elif ranked:
             counts, error, bound, sites = yield from self._histograms(cohort, names)
-            send, center, scale = {"counts": counts}, np.zeros(p), _scores(counts)[1]
+            send, center, scale = {"counts": counts}, np.zeros(p), ranks.scores(counts)[1]
         else:
             center, scale, bound, sites = yield from self._scales(cohort, names)
             send = {"center": center, "scale": scale}
         fields = {
             **_counted(cohort.schema, p),
             "pairs": count((p, p, 2), bound=cohort.schema.max_rows),
-            "sums": real((p, p, 2, 3), bound=bound, step=1e-9),
+            "sums": real((p, p, 2, 3), bound=bound, step=fine(bound, 20) if cohort.exact else coarse(1.0)),
             "withheld": withheld((p, p, 2)),
         }
-        asked = "rank_products" if ranked else "products"
-        if ranked:
-            fields["blur"] = real(p, bound=4 * bound, step=1e-9)
+        asked = ("rank_products" if cohort.exact else "grade_products") if ranked else "products"
+        if asked == "rank_products":
+            fields["blur"] = real(p, bound=4 * bound, step=fine(4 * bound, 20))
         total = yield Round(asked, Sum(), fields, send, sites=sites)
-        if ranked:
+        if asked == "rank_products":
             error = error + scale * np.sqrt(total["blur"])
-        hidden = PAIRS.hidden(total, cohort.min_group_size)[..., 0]
-        hidden |= hidden.T | _tell_tale(total, cohort.min_group_size)
+        hidden = PAIRS.hidden(total, fewest)[..., 0]
+        hidden |= hidden.T | _tell_tale(total, fewest)
         n = total["pairs"][..., 0].astype(np.float64)
         s, q, c = np.moveaxis(total["sums"][..., 0, :], -1, 0)
+        if not cohort.exact:
+            n, s, q, c = self._averaged(n, s, q, c)
         with np.errstate(invalid="ignore", divide="ignore"):
             spread = np.maximum(q - s**2 / n, 0)
             r = (c - s * s.T / n) / np.sqrt(spread * spread.T)
-        flat = ~(spread > LOST * q) | (n < 2)
+        flat = ~(spread > np.maximum(LOST * q, 0)) | (n < 2)
         undefined = flat | flat.T | hidden
         r = np.where(undefined, np.nan, np.clip(r, -1, 1))
+        if not cohort.exact:
+            r = _mended(r)
         np.fill_diagonal(r, np.where(np.diag(undefined), np.nan, 1.0))
         mean = center + scale * np.diag(s) / n.diagonal().clip(1)
         std = scale * np.sqrt(np.diag(spread) / (n.diagonal() - 1).clip(1))
+        if not (ranked or cohort.exact):
+            mean, std = center + np.clip(mean - center, -scale, scale), np.minimum(std, 2 * scale)
         known = ~hidden.diagonal() & (n.diagonal() > 1)
+        noted = [] if cohort.exact else [NOISED]
         described = {
             "mean": _told(np.where(known, mean, np.nan)),
             "std": _told(np.where(known, np.where(flat.diagonal(), 0, std), np.nan)),
         }
         with np.errstate(invalid="ignore", divide="ignore"):
-            bounds = _turned(r, error[:, None] / (scale[:, None] * np.sqrt(spread))) if ranked else None
+            known_error = ranked and cohort.exact
+            bounds = _turned(r, error[:, None] / (scale[:, None] * np.sqrt(spread))) if known_error else None
         found = {
             "method": self.params.method,
             "missing": self.params.missing,
@@ -146,7 +179,7 @@ class Correlation:
             "p_values": _told(_p_values(r, n)),
             "error_bound": None if bounds is None else _told(bounds),
             **({} if ranked else described),
-            "notes": _notes(names, hidden, flat & ~hidden, " beyond a bin" if ranked else ""),
+            "notes": [*_notes(names, hidden, flat & ~hidden, " beyond a bin" if ranked else ""), *noted],
         }
         return {"correlation": found}
 
@@ -154,15 +187,14 @@ class Correlation:
         self, cohort: Cohort, names: tuple[str, ...]
     ) -> Generator[Any, Any, tuple[Floats, Floats, float, tuple[str, ...]]]:
         """(each column's mean, its standard deviation, a bound for a site's sums of squares in these units, sites)."""
-        low, high = np.array([cohort.schema.columns[name].bounds() for name in names], float).reshape(-1, 2).T
-        middle, half = (low + high) / 2, np.where(high > low, (high - low) / 2, 1.0)
+        middle, half = self._ranges(cohort.schema)
         center, unit, bound, sites = middle, half, float(cohort.schema.max_rows), None
         for _ in range(2):
             fields = {
                 **_counted(cohort.schema, len(names)),
                 "count": count(len(names), bound=cohort.schema.max_rows),
-                "s1": real(len(names), bound=bound, step=1e-9),
-                "s2": real(len(names), bound=bound, step=1e-9),
+                "s1": real(len(names), bound=bound, step=fine(bound, 20)),
+                "s2": real(len(names), bound=bound, step=fine(bound, 20)),
                 "withheld": withheld(len(names)),
             }
             send = {"center": center, "scale": unit}
@@ -187,7 +219,7 @@ class Correlation:
         """(counts [columns, bins], bound of |e| [columns], bound for a site's sums of squared scores, sites)."""
         columns = [cohort.schema.columns[name] for name in names]
         size, rows, sites = self._size(cohort.schema), cohort.schema.max_rows, None
-        edges = np.array([_edges(column, size, None) for column in columns]).reshape(-1, size)
+        edges = np.array([ranks.edges(column, size, None) for column in columns]).reshape(-1, size)
         for number in range(1 + self.params.refinements):
             fields = {
                 **_counted(cohort.schema, len(names)),
@@ -198,8 +230,8 @@ class Correlation:
             total = yield Round("histogram", Sum(), fields, {"edges": edges}, sites=sites)
             counts, sites = total["histogram"].astype(np.float64), total.sites
             counts[total["withheld"].any(axis=1)] = 0  # ranks of a column of which a part is withheld are none
-            single = np.array([_single(c, e) for c, e in zip(columns, edges, strict=True)]).reshape(-1, size)
-            within = np.array([_within(c, s, d) for c, s, d in zip(counts, single, total["slack"], strict=True)])
+            single = np.array([ranks.single(c, e) for c, e in zip(columns, edges, strict=True)]).reshape(-1, size)
+            within = np.array([ranks.within(c, s, d) for c, s, d in zip(counts, single, total["slack"], strict=True)])
             coarse = within > (2 / size) ** 2 * counts.sum(axis=1) ** 3 / 12
             if number == self.params.refinements or not coarse.any():
                 break
@@ -207,14 +239,86 @@ class Correlation:
             weights = np.where(single, np.minimum(counts, n / size), counts)
             edges = np.array(
                 [
-                    _edges(c, size, (e, w)) if v else e
+                    ranks.edges(c, size, (e, w)) if v else e
                     for c, e, w, v in zip(columns, edges, weights, within, strict=True)
                 ]
             )
-        n, scale, slack = counts.sum(axis=1), _scores(counts)[1], total["slack"]
+        n, scale, slack = counts.sum(axis=1), ranks.scores(counts)[1], total["slack"]
         reach = np.where(slack > 0, (n / math.sqrt(12) + slack) / scale, 1.0)
         bound = float((4 * n * reach**2).max(initial=4 * rows))
         return counts, np.sqrt(within) + slack * np.sqrt(n), bound, sites or ()
+
+    # ---------------------------------------------------------------- under noise
+
+    def _ranges(self, schema: TableSchema) -> tuple[Floats, Floats]:
+        """(middle, half) of each column's range, each [columns]."""
+        bounds = [schema.columns[name].bounds() for name in self._names(schema)]
+        low, high = np.array(bounds, float).reshape(-1, 2).T
+        return (low + high) / 2, np.where(high > low, (high - low) / 2, 1.0)
+
+    def _grades(
+        self, cohort: Cohort, names: tuple[str, ...]
+    ) -> Generator[Any, Any, tuple[dict[str, Floats], Floats, Floats, float, tuple[str, ...]]]:
+        """({edges and grades of bins}, zeros, the unit of grades, a bound for a site's sums, sites)."""
+        p, size, rows = len(names), self._size(cohort.schema), cohort.schema.max_rows
+        edges = np.array([ranks.edges(cohort.schema.columns[name], size, None) for name in names]).reshape(p, size)
+        fields = {
+            **_counted(cohort.schema, p),
+            "histogram": real(edges.shape, bound=rows, step=1),  # clamped counts would add up to too many
+            "slack": count(p, bound=rows),
+            "withheld": withheld(edges.shape),
+        }
+        total = yield Round("histogram", Sum(), fields, {"edges": edges})
+        scores, unit = ranks.scores(np.diff(cumulated(total["histogram"]), axis=1, prepend=0).astype(np.float64))
+        most = np.maximum(np.abs(scores).max(axis=1, initial=0), 1e-9)
+        return {"edges": edges, "grades": scores / most[:, None]}, np.zeros(p), unit * most, float(rows), total.sites
+
+    def _averaged(self, *sums: Floats) -> tuple[Floats, ...]:
+        """Rows, sums, squares and cross-products [columns, columns], where what is told twice has noise twice."""
+        n, s, q, c = sums
+        if self._listwise and n.size:
+            n = np.full_like(n, np.rint(n.mean()))
+            s, q = (np.repeat(power.mean(axis=1, keepdims=True), len(n), axis=1) for power in (s, q))
+        n = np.rint((n + n.T) / 2)
+        limit = np.maximum(n, 0)
+        return n, np.clip(s, -limit, limit), np.clip(q, 0, limit), (c + c.T) / 2
+
+    # ---------------------------------------------------------------- what one record changes
+
+    def _counts_per_record(self, schema: TableSchema) -> dict[str, Norms]:
+        apart = touches(len(self._names(schema)) if self._listwise else 0)
+        return {"rows": touches(), "apart": apart, "left_out": NOTHING, "withheld": NOTHING}
+
+    def _moments_per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        s1, s2 = powers(self._reach(schema, sent))
+        return {**self._counts_per_record(schema), "count": touches(len(self._names(schema))), "s1": s1, "s2": s2}
+
+    def _histogram_per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        names = self._names(schema)
+        _sorted(sent_array(sent, "edges", (len(names), self._size(schema))))
+        return {**self._counts_per_record(schema), "histogram": touches(len(names)), "slack": NOTHING}
+
+    def _products_per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return self._pairs_per_record(schema, self._reach(schema, sent))
+
+    def _grades_per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        shape = (len(self._names(schema)), self._size(schema))
+        grades = _graded(sent_array(sent, "grades", shape))
+        _sorted(sent_array(sent, "edges", shape))
+        return self._pairs_per_record(schema, np.abs(grades).max(axis=1, initial=0))
+
+    def _reach(self, schema: TableSchema, sent: Mapping[str, Array]) -> Floats:
+        middle, half = self._ranges(schema)
+        center, scale = (sent_array(sent, name, middle.shape) for name in ("center", "scale"))
+        return reach(middle - half, middle + half, center, _positive(scale))
+
+    def _pairs_per_record(self, schema: TableSchema, most: Floats) -> dict[str, Norms]:
+        """Of columns with |z| ≤ *most* a record adds z, z² and zzᵀ, the former once for each pair."""
+        p = len(most)
+        s, q = powers(most)
+        cross = s.l2 * s.l2  # of the outer product zzᵀ
+        l1, l2 = p * (s.l1 + q.l1) + s.l1 * s.l1, math.sqrt(p * (s.l2 * s.l2 + q.l2 * q.l2) + cross * cross)
+        return {**self._counts_per_record(schema), "pairs": touches(p * p), "sums": Norms(l1, l2)}
 
     def _size(self, schema: TableSchema) -> int:
         return max([self.params.bins, *(len(schema.columns[n].values or ()) for n in self._names(schema))])
@@ -244,7 +348,7 @@ class Correlation:
             return {**nothing, "apart": np.zeros_like(apart), "left_out": 1}
         return {**reply, "apart": apart, "left_out": 0}
 
-    @handler("moments", groups=("rows",), cells=COLUMN)
+    @handler("moments", groups=("rows",), cells=COLUMN, record=_moments_per_record)
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the centre sent, in the unit sent."""
         p, rows = len(self._names(site.table.schema)), 0
@@ -261,7 +365,7 @@ class Correlation:
             rows += len(batch)
         return self._guarded(site, apart, {"rows": rows, "count": counts, "s1": s1, "s2": s2, "top": top})
 
-    @handler("products", groups=("rows",), cells=PAIRS)
+    @handler("products", groups=("rows",), cells=PAIRS, record=_products_per_record)
     def products(self, site: SiteView, task: Task) -> Reply:
         """At the site: for each pair of columns the rows, sums, squares and cross-products about the centre sent."""
         p = len(self._names(site.table.schema))
@@ -270,24 +374,24 @@ class Correlation:
         reply = self._products(site, lambda batch: (batch - center) / scale, most)
         return {**reply, "top": np.stack([_either(most), np.zeros_like(most)], axis=2)}
 
-    @handler("histogram", groups=("rows",), cells=BINS)
+    @handler("histogram", groups=("rows",), cells=BINS, record=_histogram_per_record)
     def histogram(self, site: SiteView, task: Task) -> Reply:
         """At the site: how many rows each column has from each edge sent to the next."""
         names, smallest = self._names(site.table.schema), site.min_group_size
-        asked = task.take("edges", (len(names), self._size(site.table.schema)))
+        asked = _sorted(task.take("edges", (len(names), self._size(site.table.schema))))
         cuts = [site.state.get(f"cuts {name}", np.zeros(0)) for name in names]
         edges = [np.unique(np.concatenate(pair)) for pair in zip(asked, cuts, strict=True)]
         counts, rows = [np.zeros(len(e), np.int64) for e in edges], 0
         apart = np.zeros(len(names), np.int64)
         for batch in self._batches(site, apart):
             for column, e, found in zip(batch.T, edges, counts, strict=True):
-                found += np.bincount(_bins(e, column[~np.isnan(column)]), minlength=len(e))
+                found += np.bincount(ranks.bins(e, column[~np.isnan(column)]), minlength=len(e))
             rows += len(batch)
         told, slack = np.zeros(asked.shape, np.int64), np.zeros(len(names), np.int64)
         own = np.zeros(asked.shape)
         for i, name in enumerate(names):
             n, below = counts[i].sum(), np.cumsum(counts[i]) - counts[i]
-            shown, cut = _cut(below, n, np.isin(edges[i], cuts[i]), smallest)
+            shown, cut = ranks.cut(below, n, np.isin(edges[i], cuts[i]), smallest)
             place = np.searchsorted(edges[i], asked[i])
             told[i] = np.diff(np.append(shown[place], n))
             told[i, 0] += shown[place[0]]
@@ -307,12 +411,20 @@ class Correlation:
         counts, edges = task.take("counts", shape), site.state.get("edges")
         if edges is None or edges.shape != shape:
             raise ProtocolError("task.array", "no histogram was asked for before its ranks", field="counts")
-        scores, _ = _scores(np.maximum(counts, site.state["told"]))
-        shared = [_shared(*each, site.min_group_size) for each in zip(scores, site.state["own"], strict=True)]
+        scores, _ = ranks.scores(np.maximum(counts, site.state["told"]))
+        shared = [ranks.shared(*each, site.min_group_size) for each in zip(scores, site.state["own"], strict=True)]
         table = [score for score, _ in shared]
-        reply = self._products(site, lambda batch: _looked_up(batch, edges, table))
+        reply = self._products(site, lambda batch: ranks.looked_up(batch, edges, table))
         blur = np.array([blur for _, blur in shared])
         return {**reply, "blur": np.zeros_like(blur) if reply["left_out"] else blur}
+
+    @handler("grade_products", groups=("rows",), cells=RANKED, record=_grades_per_record)
+    def grade_products(self, site: SiteView, task: Task) -> Reply:
+        """At the site: the same of the grades sent, of the bins from each edge sent to the next."""
+        only_summed(site)
+        shape = (len(self._names(site.table.schema)), self._size(site.table.schema))
+        edges, grades = _sorted(task.take("edges", shape)), _graded(task.take("grades", shape))
+        return self._products(site, lambda batch: ranks.looked_up(batch, edges, list(grades)))
 
     def _products(self, site: SiteView, scored: Callable[[Floats], Floats], most: Floats | None = None) -> Reply:
         """Into *most* go the first column's largest magnitudes in each pair's rows, [columns, columns, TOP + 1]."""
@@ -392,109 +504,6 @@ def _either(most: Floats) -> Floats:
     return np.concatenate([top, np.maximum(top.sum(axis=-1, keepdims=True), 1.0)], axis=-1)
 
 
-# ---------------------------------------------------------------- ranks from histograms
-
-
-def _edges(column: Column, size: int, before: tuple[Floats, Floats] | None) -> Floats:
-    """Lower edges of *size* bins: one a code, else even over the range, or over the rows that the bins *before*
-    (edges, counts) hold. The range's ends and zero, where values pile up, have bins of their own."""
-    if column.values is not None:
-        edges = np.unique(np.array(column.values, np.float64))
-    else:
-        low, high = column.bounds()
-        own = np.array([x for x in (low, 0.0, high) if low <= x <= high])
-        whole = column.dtype == "integer"
-        own = np.concatenate([own, np.floor(own) + 1 if whole else np.nextafter(own, np.inf)])
-        if before is None:
-            edges = np.linspace(low, high, size - 6)
-            if whole and high - low <= size - 7:
-                edges = np.arange(math.floor(low), math.floor(high) + 1.0)
-        else:
-            reached = np.append(0, np.cumsum(before[1]))
-            edges = np.interp(np.linspace(0, reached[-1], size - 6), reached, np.append(before[0], high))
-        edges = np.unique(np.concatenate([np.floor(edges) if whole else edges, np.floor(own) if whole else own]))
-    return np.concatenate([edges, np.full(size - len(edges), edges[-1])])
-
-
-def _single(column: Column, edges: Floats) -> NDArray[np.bool_]:
-    """Which bins can hold one value only (or none), [size]."""
-    if column.values is not None:
-        return np.ones(len(edges), bool)
-    following = edges + 1 if column.dtype == "integer" else np.nextafter(edges, np.inf)
-    return np.append(edges[1:], edges[-1]) <= following
-
-
-def _within(counts: Floats, single: NDArray[np.bool_], slack: int) -> float:
-    """Most that Σ(c³ − c)/12 can be over bins that may hold different values, when up to *slack* rows crossed
-    each edge: it is convex in the counts, so the bins that can be largest are full."""
-    most = np.sort(counts[~single] + 2 * slack)[::-1]
-    filled = np.diff(np.minimum(np.cumsum(most), counts.sum()), prepend=0)
-    return float((filled * np.maximum(most**2 - 1, 0)).sum() / 12)
-
-
-def _scores(counts: Floats) -> tuple[Floats, Floats]:
-    """(the bins' mid-ranks, centred and in units of their standard deviation, [columns, bins]; that unit [columns])."""
-    n = counts.sum(axis=1, keepdims=True)
-    ranks = np.cumsum(counts, axis=1) - (counts - 1) / 2 - (n + 1) / 2
-    unit = np.sqrt((counts * ranks**2).sum(axis=1) / np.maximum(n[:, 0], 1))
-    unit = np.where(unit > 0, unit, 1.0)
-    return ranks / unit[:, None], unit
-
-
-def _shared(scores: Floats, own: Floats, smallest: int) -> tuple[Floats, float]:
-    """(the bins' scores when at least *smallest* of the rows, *own* in each bin, have the same; a bound for Σ of
-    the squares that they differ by), of ascending *scores* [size]."""
-    if smallest <= 1:
-        return scores, 0.0
-    ends, pending = [], 0.0
-    for i, rows in enumerate(own.tolist()):
-        pending += rows
-        if pending >= smallest:
-            ends.append(i)
-            pending = 0.0
-    last = np.array([*ends[:-1], len(own) - 1])
-    group = np.searchsorted(last, np.arange(len(own)))
-    n = np.bincount(group, own)
-    mean = np.bincount(group, own * scores) / np.maximum(n, 1)
-    span = scores[last] - scores[np.append(0, last[:-1] + 1)]
-    mixed = np.bincount(group, own > 0) > 1
-    return mean[group], float((n * mixed * span**2).sum() / 4)
-
-
-def _bins(edges: Floats, values: Floats) -> NDArray[np.int64]:
-    """The bin of each value; what lies below the first edge is in the first bin."""
-    return np.maximum(np.searchsorted(edges, values, "right") - 1, 0)
-
-
-def _looked_up(batch: Floats, edges: Floats, scores: Sequence[Floats]) -> Floats:
-    found = np.empty(batch.shape)
-    for i in range(batch.shape[1]):
-        found[:, i] = scores[i][_bins(edges[i], batch[:, i])]
-    found[np.isnan(batch)] = np.nan
-    return found
-
-
-def _cut(
-    below: NDArray[np.int64], total: int, forced: NDArray[np.bool_], smallest: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(the rows below each edge as they are told; which edges are cuts), of the true rows *below* each.
-
-    Between neighbouring cuts are no rows or at least *smallest*; *forced* edges are cuts already.
-    """
-    if smallest <= 1:
-        return below, np.ones(len(below), bool)
-    cut, last = forced.copy(), 0
-    ahead = np.append(np.where(forced, below, total), total)
-    ahead = np.minimum.accumulate(ahead[::-1])[::-1]
-    for i, rows in enumerate(below.tolist()):
-        parts = (rows - last, int(ahead[i]) - rows)
-        if forced[i] or all(part == 0 or part >= smallest for part in parts):
-            cut[i], last = True, rows
-    before = np.maximum.accumulate(np.where(cut, below, 0))
-    after = np.minimum.accumulate(np.where(cut, below, total)[::-1])[::-1]
-    return np.where(cut, below, np.where(below - before < smallest, before, after)), cut
-
-
 # ---------------------------------------------------------------- what is told
 
 
@@ -519,6 +528,27 @@ def _positive(scale: Floats) -> Floats:
     if not (scale > 0).all():
         raise ProtocolError("task.array", "a task's array is not what the handler takes", field="scale")
     return scale
+
+
+def _sorted(edges: Floats) -> Floats:
+    if (np.diff(edges, axis=1) < 0).any():
+        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="edges")
+    return edges
+
+
+def _graded(grades: Floats) -> Floats:
+    if (np.abs(grades) > 1).any():
+        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="grades")
+    return grades
+
+
+def _mended(r: Floats) -> Floats:
+    """Of the columns whose correlations are all defined, a matrix that is one; others stay."""
+    whole = ~np.isnan(r.diagonal())
+    place = np.ix_(whole, whole)
+    if whole.any() and not np.isnan(r[place]).any():
+        r[place] = mended(r[place])
+    return r
 
 
 def _told(values: Floats, kind: type = float) -> list[Any]:

@@ -29,7 +29,9 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOISED, NOTHING, smallest
 
 CELLS = Cells("counts", "withheld", lines=(1, 2))
 
@@ -65,10 +67,12 @@ class Crosstab:
         shape = (len(sizes), int(sizes[:, 0].max()) + 1, int(sizes[:, 1].max()) + 1)
         fields = {"counts": count(shape, bound=cohort.schema.max_rows), "withheld": withheld(shape)}
         total = yield Round("tables", Sum(), fields)
-        hidden, tables = CELLS.hidden(total, cohort.min_group_size), []
+        hidden, tables = CELLS.hidden(total, smallest(cohort)), []
         for i, ((rows, columns), (r, c)) in enumerate(zip(self.params.pairs, sizes, strict=True)):
             counts, hides = total["counts"][i, :r, :c], hidden[i, :r, :c]
             test, note = self._test(counts, bool(hides.any()))
+            if test is not None and not cohort.exact:
+                note = "; ".join(filter(None, (note, NOISED)))
             cells = zip(counts.tolist(), hides.tolist(), strict=True)
             tables.append({
                 "rows": rows,
@@ -101,7 +105,10 @@ class Crosstab:
         said = "1 expected count is" if few == 1 else f"{few} expected counts are"
         return test, f"{said} below 5: the p-value is a rough one" if few else ""
 
-    @handler("tables", cells=CELLS)
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return {"counts": touches(len(self.params.pairs)), "withheld": NOTHING}
+
+    @handler("tables", cells=CELLS, record=_per_record)
     def tables(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows with each combination of codes and, after the last one, of missing ones, for each pair."""
         sizes = self._sizes(site.table.schema)

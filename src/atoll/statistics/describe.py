@@ -32,7 +32,9 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, sent_array, smallest
 
 VALUES = Cells("count", "withheld", ("s1", "s2"), largest="largest")
 BINS = Cells("histogram", "hidden", lines=(1,))
@@ -74,35 +76,35 @@ class Describe:
         names, rows = self._names(cohort.schema), cohort.schema.max_rows
         low, high = _grid(cohort.schema, names)
         size, middle, half = len(names), (low + high) / 2, (high - low) / 2
-        fields = {
-            "rows": count(bound=rows),
-            "count": count(size, bound=rows),
-            "s1": real(size, bound=rows, step=1e-9),
-            "s2": real(size, bound=rows, step=1e-9),
-        }
+        fields = {"rows": count(bound=rows), "count": count(size, bound=rows)}
+        step = fine(rows, 20) if cohort.exact else coarse(1.0)
+        fields |= dict.fromkeys(("s1", "s2"), real(size, bound=rows, step=step))
         fields["withheld"] = withheld(size)
         bins = (size, self.params.bins)
         histogram = {"histogram": count(bins, bound=rows), "hidden": withheld(bins)}
         total = yield Round("moments", Sum(), {**fields, **histogram})
-        gone = VALUES.hidden(total, cohort.min_group_size)
+        gone = VALUES.hidden(total, smallest(cohort))
         all_rows, counts = int(total["rows"]), np.where(gone, 0, total["count"])
         mean, variance = _moments(total, middle, half)
-        if (variance < LOST * total["s2"] * half**2 / np.maximum(counts, 1)).any():
+        if not cohort.exact:
+            mean = np.clip(mean, low, high)
+        elif (variance < LOST * total["s2"] * half**2 / np.maximum(counts, 1)).any():
             center = np.where(counts > 0, mean, middle)
-            fields |= {"s1": real(size, bound=2 * rows, step=1e-9), "s2": real(size, bound=4 * rows, step=1e-9)}
+            bounds = {"s1": 2.0 * rows, "s2": 4.0 * rows}
+            fields |= {name: real(size, bound=bound, step=fine(bound, 40)) for name, bound in bounds.items()}
             spread = yield Round("spread", Sum(), fields, {"center": center})
-            gone |= VALUES.hidden(spread, cohort.min_group_size)
+            gone |= VALUES.hidden(spread, smallest(cohort))
             mean, variance = _moments(spread, center, half)
         columns = {}
         for i, name in enumerate(names):
             n, hidden = int(counts[i]), total["hidden"][i] > 0
-            missing = 0 if gone[i] else all_rows - n
-            few = 0 < missing < cohort.min_group_size
+            missing = 0 if gone[i] else max(all_rows - n, 0)
+            few = 0 < missing < smallest(cohort)
             described = self._tails(
                 n, float(low[i]), float(high[i]), total["histogram"][i], hidden, missing if few else 0, cohort
             )
             moments = {"mean": float(mean[i]), "variance": float(variance[i]), "std": math.sqrt(variance[i])}
-            counted: dict[str, Any] = {"rows": all_rows, "count": n, "missing": all_rows - n}
+            counted: dict[str, Any] = {"rows": all_rows, "count": n, "missing": max(all_rows - n, 0)}
             if gone[i] or few:
                 counted |= {"count": math.nan, "missing": math.nan}
             if gone[i]:
@@ -127,7 +129,7 @@ class Describe:
             bins[first] += below
             bins[end - 1] += above
         shown = np.append(bins[first:end], few)
-        hidden = suppress(shown, np.append(hidden[first:end], False), cohort.min_group_size, (0,))[:-1]
+        hidden = suppress(shown, np.append(hidden[first:end], False), smallest(cohort), (0,))[:-1]
         return {
             "low": float(edges[first]) if enough else math.nan,
             "high": float(edges[end]) if enough else math.nan,
@@ -135,7 +137,19 @@ class Describe:
             "histogram": [None if gone else int(rows) for rows, gone in zip(shown[:-1], hidden, strict=True)],
         }
 
-    @handler("moments", groups=("rows",), cells=(VALUES, BINS))
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        size = len(self._names(schema))
+        told = {"rows": touches(), "count": touches(size), "s1": touches(size), "s2": touches(size)}
+        return {**told, "withheld": NOTHING, "histogram": touches(size), "hidden": NOTHING}
+
+    def _per_record_about(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        names = self._names(schema)
+        low, high = _grid(schema, names)
+        center = sent_array(sent, "center", (len(names),))
+        s1, s2 = powers(reach(low, high, center, (high - low) / 2))
+        return {"rows": touches(), "count": touches(len(names)), "s1": s1, "s2": s2, "withheld": NOTHING}
+
+    @handler("moments", groups=("rows",), cells=(VALUES, BINS), record=_per_record)
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts, moments about the middle of the range, and histogram of each column."""
         names, bins = self._names(site.table.schema), self.params.bins
@@ -147,7 +161,7 @@ class Describe:
                 histogram[i] += np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
         return {**self._sums(site, (low + high) / 2), "histogram": histogram}
 
-    @handler("spread", groups=("rows",), cells=VALUES)
+    @handler("spread", groups=("rows",), cells=VALUES, record=_per_record_about)
     def spread(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts and moments of each column about the cohort's mean."""
         return self._sums(site, task.take("center", (len(self._names(site.table.schema)),)))

@@ -1,15 +1,20 @@
 """Evaluation of a model on every site's held-out rows, by Sum; used by every learner.
 
-Parties: sites and coordinator. Messages: the model goes out; round "scores" is one Sum,
-round "own" (asked only where the plan's sites may share it) gathers each site's own
+Parties: sites and coordinator. Messages: the model goes out; round "scores" (of probabilities) or "errors" (of
+values and counts) is one Sum, round "own" (asked only where the plan's sites may share it) gathers each site's own
 metrics. The coordinator learns the cohort's score histograms and loss sums (each site's
 under ``plain``); a site whose policy does not share "metrics" is simply absent from
 "own", and how many rows it held out is told only where it shares "rows". Dropout: the
 survivors' metrics. Cost: 2 rounds, 16 KiB a site.
 
-Log loss, accuracy, F1 and squared errors are exact sums. AUC and KS come from a
-histogram of scores with *bins* bins: AUC counts pairs within a bin as ties (half), so it
-is off by at most ``auc_error`` = Σ_b P_b·N_b / (2·P·N); KS is a lower bound.
+Log loss, accuracy, F1 and squared errors are exact sums; masked ones to 2⁻⁵⁴ of the declared bound for each site (with
+max_rows of 10⁷: log loss to 3·10⁻⁸; squared errors, in units of half the target's range, to 5·10⁻⁷). AUC and
+KS come from a histogram of scores with *bins* bins: AUC counts pairs within a bin as ties (half), so it is off by at
+most ``auc_error`` = Σ_b P_b·N_b / (2·P·N); KS is a lower bound.
+
+Under differential privacy (``Cohort.exact`` is False) a probability's scores are asked as one histogram by label, round
+"cells", of which a record changes one cell; every metric is made of it as if scores stood in the middle of
+their bin, of 1/64. Predicted values are clipped to the target's range. Sites are not asked for their own metrics.
 Sources: Hanley & McNeil 1982 (AUC as a rank statistic); Brier 1950.
 """
 
@@ -27,12 +32,20 @@ from scipy.stats import rankdata
 from atoll.contract.errors import PolicyError, SchemaError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
-from atoll.models.linear import TASK, LinearModel, feature_bounds
+from atoll.models.linear import feature_bounds
+from atoll.models.model import Model, make
+from atoll.statistics.noise import fine, only_summed, sent_array
 
 Floats = NDArray[np.float64]
 LOSS_CAP = 50.0
 """Log loss of one row is capped here (a probability of 2e-22), so that the sum is bounded."""
+FAR = 30.0
+"""Predicted values farther than this many half ranges from the target's middle count as that far; under noise, one."""
+NOISY_BINS = 64
+"""Bins of the histogram under noise: fewer, so that less noise adds up."""
 OWN = ("rows", "auc", "ks", "accuracy", "f1", "log_loss", "brier", "mae", "rmse", "r2")
 
 
@@ -66,14 +79,16 @@ def _log_loss(y: Floats, p: Floats) -> Floats:
         return np.minimum(-np.log(np.where(y == 1, p, 1 - p)), LOSS_CAP)
 
 
-def error_metrics(n: float, absolute: float, squared: float, y_sum: float, y_squares: float) -> dict[str, float]:
-    """MAE, RMSE and R² from sums of errors and of the target."""
-    if not n:
+def error_metrics(
+    n: int, absolute: float, squared: float, y: float, y_squares: float, *, unit: float = 1.0
+) -> dict[str, float]:
+    """MAE, RMSE and R² from sums of errors and of the target about one point, in units of *unit*; NaN if undefined."""
+    if n <= 0:
         return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
-    spread = y_squares - y_sum**2 / n
+    spread = y_squares - y**2 / n
     return {
-        "mae": absolute / n,
-        "rmse": math.sqrt(squared / n),
+        "mae": absolute / n * unit,
+        "rmse": math.sqrt(squared / n) * unit,
         "r2": 1 - squared / spread if spread > 1e-12 * y_squares else math.nan,
     }
 
@@ -92,33 +107,53 @@ class Evaluation:
 
     def __init__(self, params: Params) -> None:
         self.params = params
-        self.binary = TASK[str(params.model.get("family", "linear"))] == "binary"
+
+    def _model(self, schema: TableSchema) -> Model:
+        return make(self.params.model, schema)
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """*start* holds the model's arrays. Returns {"pooled": metrics, "own": {site: metrics}, "curves": …}."""
-        send, rows, bins = dict(start or {}), cohort.schema.max_rows, self.params.bins
-        if self.binary:
-            fields = {
-                "positives": count(bins, bound=rows),
-                "negatives": count(bins, bound=rows),
-                "log_loss": real(bound=rows * LOSS_CAP, step=1e-9),
-                "brier": real(bound=rows, step=1e-9),
-                "score": real(bins, bound=rows, step=1e-9),
-                "correct": count(3, bound=rows),
-            }
+        send, model = dict(start or {}), self._model(cohort.schema)
+        if model.task != "binary":
+            pooled, curves = (yield from self._errors(cohort, model, send)), {}
+        elif cohort.exact:
+            pooled, curves = yield from self._scores(cohort, send)
         else:
-            low, high = feature_bounds(cohort.schema, str(self.params.model["target"]))
-            reach = 1e3 * max(abs(low), abs(high), 1.0)  # predictions beyond a thousandfold are clipped
-            fields = {"errors": real(5, bound=rows * reach**2, step=1e-9)}
-        total = yield Round("scores", Sum(), {"rows": count(bound=rows), **fields}, send)
-        pooled, curves = self._binary(total) if self.binary else self._errors(total)
+            cells = count((2, NOISY_BINS), bound=cohort.schema.max_rows)
+            total = yield Round("cells", Sum(), {"cells": cells}, send)
+            pooled, curves = self._binary(from_cells(total["cells"]))
         own: dict[str, dict[str, float]] = {}
-        if self.params.own:
+        if self.params.own and cohort.exact:
             gathered = yield Round("own", Gather(), {n: real() for n in OWN}, send, optional=True)
             for site in gathered:
                 values = {n: float(v) for n, v in gathered[site].items()}
                 own[site] = {n: v for n, v in values.items() if n in pooled or (n == "rows" and not math.isnan(v))}
         return {"pooled": pooled, "own": own, "curves": curves}
+
+    def _scores(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
+        rows, bins = cohort.schema.max_rows, self.params.bins
+        fields = {
+            "rows": count(bound=rows),
+            "positives": count(bins, bound=rows),
+            "negatives": count(bins, bound=rows),
+            "log_loss": real(bound=rows * LOSS_CAP, step=fine(rows * LOSS_CAP)),
+            "brier": real(bound=rows, step=fine(rows)),
+            "score": real(bins, bound=rows, step=fine(rows)),
+            "correct": count(3, bound=rows),
+        }
+        total = yield Round("scores", Sum(), fields, send)
+        return self._binary(total)
+
+    def _errors(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
+        rows, far = cohort.schema.max_rows, FAR if cohort.exact else 1.0
+        bounds = _most(far)
+        fields = {name: real(bound=rows * most, step=fine(rows * most)) for name, most in bounds.items()}
+        total = yield Round("errors", Sum(), {"rows": count(bound=rows), **fields}, {**send, "far": np.array(far)})
+        _, half = _middle(cohort.schema, model.target)
+        sums = {name: float(total[name]) for name in bounds}
+        if not cohort.exact:  # what noise made of sums of squares
+            sums = {name: value if name == "y" else max(value, 0.0) for name, value in sums.items()}
+        return error_metrics(max(int(total["rows"]), 0), **sums, unit=half)
 
     def _binary(self, total: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, Any]]:
         positives, negatives = (np.asarray(total[k], np.float64) for k in ("positives", "negatives"))
@@ -154,11 +189,9 @@ class Evaluation:
         }
         return metrics, {"calibration": calibration, "roc": roc}
 
-    def _errors(self, total: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, Any]]:
-        return error_metrics(*(float(v) for v in total["errors"])), {}
-
     def _scored(self, site: SiteView, task: Task) -> tuple[Floats, Floats]:
-        model = LinearModel.from_spec(self.params.model, site.holdout.schema, task.arrays)
+        model = self._model(site.holdout.schema)
+        model = model.with_weights(task.take("weights", model.weights.shape))
         y, p = site.holdout[model.target], model.predict(site.holdout)
         if np.isnan(y).any() or np.isnan(p).any():
             raise SchemaError(
@@ -169,23 +202,46 @@ class Evaluation:
             )
         return y, p
 
-    @handler("scores", groups=("rows",))
+    def _per_score(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        one = dict.fromkeys(("rows", "positives", "negatives", "brier", "score"), touches())
+        return {**one, "log_loss": touches(1, LOSS_CAP), "correct": touches(3)}
+
+    def _per_cell(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return {"cells": touches()}
+
+    def _per_error(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        far = float(sent_array(sent, "far", ()))
+        return {"rows": touches(), **{name: touches(1, most) for name, most in _most(far).items()}}
+
+    @handler("scores", groups=("rows",), record=_per_score)
     def scores(self, site: SiteView, task: Task) -> Reply:
         """At the site: histograms of scores by label, and loss sums, over held-out rows."""
         y, p = self._scored(site, task)
-        if not self.binary:
-            return {"rows": len(y), "errors": np.array(_error_sums(y, p))}
-        place = np.minimum((p * self.params.bins).astype(np.int64), self.params.bins - 1)
         called = p >= 0.5
         return {
             "rows": len(y),
-            "positives": np.bincount(place[y == 1], minlength=self.params.bins),
-            "negatives": np.bincount(place[y == 0], minlength=self.params.bins),
+            "positives": _histogram(p[y == 1], self.params.bins),
+            "negatives": _histogram(p[y == 0], self.params.bins),
             "log_loss": _log_loss(y, p).sum(),
             "brier": ((p - y) ** 2).sum(),
-            "score": np.bincount(place, weights=p, minlength=self.params.bins),
+            "score": np.bincount(_places(p, self.params.bins), weights=p, minlength=self.params.bins),
             "correct": np.array([(called & (y == 1)).sum(), called.sum(), (called == (y == 1)).sum()]),
         }
+
+    @handler("cells", record=_per_cell)
+    def cells(self, site: SiteView, task: Task) -> Reply:
+        """At the site: one histogram of scores by label, over held-out rows."""
+        only_summed(site)
+        y, p = self._scored(site, task)
+        return {"cells": np.stack([_histogram(p[y == label], NOISY_BINS) for label in (0, 1)])}
+
+    @handler("errors", groups=("rows",), record=_per_error)
+    def errors(self, site: SiteView, task: Task) -> Reply:
+        """At the site: sums of errors and of the target, and of their squares, over held-out rows."""
+        y, p = self._scored(site, task)
+        far, model = float(task.take("far", ())), self._model(site.holdout.schema)
+        middle, half = _middle(site.holdout.schema, model.target)
+        return {"rows": len(y), **_error_sums((y - middle) / half, np.clip((p - middle) / half, -far, far))}
 
     @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
@@ -193,12 +249,58 @@ class Evaluation:
         if not site.shares("metrics"):
             raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
         y, p = self._scored(site, task)
-        found = binary_metrics(y, p) if self.binary else error_metrics(*_error_sums(y, p))
+        model = self._model(site.holdout.schema)
+        if model.task == "binary":
+            found = binary_metrics(y, p)
+        else:
+            middle, half = _middle(site.holdout.schema, model.target)
+            sums = _error_sums((y - middle) / half, np.clip((p - middle) / half, -FAR, FAR))
+            found = error_metrics(len(y), **sums, unit=half)
         if site.shares("rows"):
             found["rows"] = float(len(y))
         return {name: found.get(name, math.nan) for name in OWN}
 
 
-def _error_sums(y: Floats, p: Floats) -> tuple[float, float, float, float, float]:
+def from_cells(cells: Array) -> dict[str, Array]:
+    """What "scores" answers, of a noisy histogram [2, bins] by label, as if scores were the middles of the bins."""
+    negatives, positives = np.maximum(np.asarray(cells, np.float64), 0)
+    score = (np.arange(len(positives)) + 0.5) / len(positives)
+    called, both = score >= 0.5, positives + negatives
+    right = np.where(called, positives, negatives)
+    return {
+        "positives": positives,
+        "negatives": negatives,
+        "log_loss": -(positives @ np.log(score) + negatives @ np.log1p(-score)),
+        "brier": positives @ (1 - score) ** 2 + negatives @ score**2,
+        "score": both * score,
+        "correct": np.array([positives[called].sum(), both[called].sum(), right.sum()]),
+    }
+
+
+def _places(p: Floats, bins: int) -> NDArray[np.int64]:
+    return np.minimum((p * bins).astype(np.int64), bins - 1)
+
+
+def _histogram(p: Floats, bins: int) -> NDArray[np.int64]:
+    return np.bincount(_places(p, bins), minlength=bins)
+
+
+def _middle(schema: TableSchema, target: str) -> tuple[float, float]:
+    """(middle, half range) of the target; errors are summed in units of the latter."""
+    low, high = feature_bounds(schema, target)
+    return (low + high) / 2, (high - low) / 2
+
+
+def _most(far: float) -> dict[str, float]:
+    """Of one row: how much each error sum can be when predictions are within *far* and targets within one."""
+    return {"absolute": 1 + far, "squared": (1 + far) ** 2, "y": 1.0, "y_squares": 1.0}
+
+
+def _error_sums(y: Floats, p: Floats) -> dict[str, float]:
     error = p - y
-    return float(len(y)), float(np.abs(error).sum()), float((error**2).sum()), float(y.sum()), float((y**2).sum())
+    return {
+        "absolute": float(np.abs(error).sum()),
+        "squared": float((error**2).sum()),
+        "y": float(y.sum()),
+        "y_squares": float((y**2).sum()),
+    }

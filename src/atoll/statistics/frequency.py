@@ -8,13 +8,14 @@ site cuts a column only where at least its own smallest group (or nobody) is bet
 least that group in the first and the last part, so that no empty bin shows where an extreme is. The
 coordinator keeps the edges at which all sites cut and that pass the same test for the cohort: a bin that
 is small at one site is merged with its neighbour, and every count of a merged bin is exact (see
-``statistics.quantiles``). Threat model: as the plan's protection. Dropout: the tables of the survivors.
+``statistics.quantiles``). Under noise the bins themselves are asked for, as one record changes one of them but all
+cumulative counts above it. Threat model: as the plan's protection. Dropout: the tables of the survivors.
 Cost: one round, 9 bytes a code and 16 bytes a bin.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, only_summed, smallest
 from atoll.statistics.quantiles import COUNT, cumulative, cut
 
 CODES = Cells("codes", "codes_withheld", lines=(1,))
@@ -88,8 +91,12 @@ class Frequency:
             "high": count(bounds, bound=rows),
             "withheld": withheld(size),
         }
-        total = yield Round("tables", Sum(), fields)
-        hidden, columns = CODES.hidden(total, cohort.min_group_size), dict[str, Any]()
+        if cohort.exact:
+            total = yield Round("tables", Sum(), fields)
+        else:
+            noisy = {"codes": fields["codes"], "bins": count((size, bounds[1] + 1), bound=rows)}
+            total = _as_tables((yield Round("cells", Sum(), noisy)), list(edges.values()))
+        hidden, columns = CODES.hidden(total, smallest(cohort)), dict[str, Any]()
         for i, (name, length) in enumerate(codes.items()):
             cells = zip(total["codes"][i, : length + 1].tolist(), hidden[i].tolist(), strict=False)
             counts = [None if h else n for n, h in cells]
@@ -98,9 +105,9 @@ class Frequency:
         for i, (name, places) in enumerate(edges.items()):
             n, asked = int(total["count"][i]), places[1:-1]
             low, high = (total[k][i, : len(asked)] for k in ("low", "high"))
-            told = n >= max(cohort.min_group_size, 1)
+            told = n >= max(smallest(cohort), 1)
             exact = (low == high) & told
-            cuts, below = cut(asked[exact], low[exact], n, cohort.min_group_size)
+            cuts, below = cut(asked[exact], low[exact], n, smallest(cohort))
             columns[name] = {
                 "kind": "histogram",
                 "edges": [float(places[0]), *cuts.tolist(), float(places[-1])] if told else [],
@@ -118,20 +125,59 @@ class Frequency:
         widest = max((len(places) - 2 for places in edges.values()), default=0)
         return (len(codes), max(codes.values(), default=0) + 1), (len(edges), widest), len(edges)
 
-    @handler("tables", cells=(CODES, COUNT))
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        codes, edges = self._columns(schema)
+        reached = touches(sum(len(places) - 2 for places in edges.values()))
+        told = {"codes": touches(len(codes)), "count": touches(len(edges)), "low": reached, "high": reached}
+        return {**told, "codes_withheld": NOTHING, "withheld": NOTHING}
+
+    def _per_record_of_cells(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        codes, edges = self._columns(schema)
+        return {"codes": touches(len(codes)), "bins": touches(len(edges))}
+
+    @handler("tables", cells=(CODES, COUNT), record=_per_record)
     def tables(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows with each code and (after the last) with none; bounds of the counts up to each edge."""
         codes, edges = self._columns(site.table.schema)
-        table, bounds, size = self._shapes(codes, edges)
-        found, counts = np.zeros(table, np.int64), np.zeros(size, np.int64)
+        _, bounds, size = self._shapes(codes, edges)
+        found, counts = self._coded(site), np.zeros(size, np.int64)
         low, high = np.zeros(bounds, np.int64), np.zeros(bounds, np.int64)
-        for i, (name, length) in enumerate(codes.items()):
-            column = site.table.codes(name)
-            found[i, :length] = np.bincount(column[column >= 0], minlength=length)
-            found[i, length] = len(column) - found[i, :length].sum()
-            site.progress(i + 1, len(codes) + size)
         for i, (name, places) in enumerate(edges.items()):
             asked = slice(len(places) - 2)
             counts[i], low[i, asked], high[i, asked] = cumulative(site, name, places[1:-1], places[0], places[-1])
             site.progress(len(codes) + i + 1, len(codes) + size)
         return {"codes": found, "count": counts, "low": low, "high": high}
+
+    @handler("cells", record=_per_record_of_cells)
+    def cells(self, site: SiteView, task: Task) -> Reply:
+        """At the site: rows with each code and (after the last) with none; values in each bin."""
+        only_summed(site)
+        codes, edges = self._columns(site.table.schema)
+        bins = np.zeros((len(edges), self._shapes(codes, edges)[1][1] + 1), np.int64)
+        for i, (name, places) in enumerate(edges.items()):
+            values = site.table[name]
+            place = np.searchsorted(places[1:-1], values[~np.isnan(values)], "left")
+            bins[i] = np.bincount(place, minlength=bins.shape[1])
+            site.progress(len(codes) + i + 1, len(codes) + len(edges))
+        return {"codes": self._coded(site), "bins": bins}
+
+    def _coded(self, site: SiteView) -> NDArray[np.int64]:
+        """Rows with each code and, after the last, with none, [coded columns, most codes + 1]."""
+        codes, edges = self._columns(site.table.schema)
+        found = np.zeros(self._shapes(codes, edges)[0], np.int64)
+        for i, (name, length) in enumerate(codes.items()):
+            column = site.table.codes(name)
+            found[i, :length] = np.bincount(column[column >= 0], minlength=length)
+            found[i, length] = len(column) - found[i, :length].sum()
+            site.progress(i + 1, len(codes) + len(edges))
+        return found
+
+
+def _as_tables(total: Mapping[str, Array], edges: Sequence[NDArray[np.float64]]) -> dict[str, Array]:
+    """Cells as the exact round tells them: with cumulative counts up to *edges*, and nothing withheld."""
+    bins, codes = total["bins"].copy(), total["codes"]
+    for row, places in zip(bins, edges, strict=True):
+        row[len(places) - 1 :] = 0  # there is no such bin
+    reached = np.cumsum(bins, axis=1)[:, :-1]
+    marks = {"codes_withheld": np.zeros(codes.shape), "withheld": np.zeros(len(bins))}
+    return {"codes": codes, "count": bins.sum(axis=1), "low": reached, "high": reached, **marks}

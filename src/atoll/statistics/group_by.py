@@ -30,7 +30,9 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program, relay
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, sent_array, smallest
 
 Floats = NDArray[np.float64]
 LOST = 1e-6
@@ -105,7 +107,7 @@ class GroupBy:
             if None in key and not found.rows[g] and not found.rows_hidden[g]:
                 continue
             n = None if found.rows_hidden[g] else int(found.rows[g])
-            columns = {name: _reported(found, g, c, cohort.min_group_size) for c, name in enumerate(found.columns)}
+            columns = {name: _reported(found, g, c, smallest(cohort)) for c, name in enumerate(found.columns)}
             groups.append({"key": list(key), "count": n, "columns": columns})
         notes = []
         if hidden := sum(group["count"] is None for group in groups):
@@ -124,24 +126,27 @@ class GroupBy:
         middle, half = _scale(schema, names)
         center, sites = np.broadcast_to(middle, (*shape, p)), None
         for factor in (1, 2):  # values are within half of the middle, and within two halves of any mean
+            steps = [fine(factor**i * rows, 20 * factor) if cohort.exact else coarse(1.0) for i in (1, 2)]
             fields = {
                 "all_rows": count(bound=rows),
                 "rows": count(shape, bound=rows),
                 "rows_withheld": withheld(shape),
                 "count": count((*shape, p), bound=rows),
-                "s1": real((*shape, p), bound=factor * rows, step=1e-9),
-                "s2": real((*shape, p), bound=factor**2 * rows, step=1e-9),
+                "s1": real((*shape, p), bound=factor * rows, step=steps[0]),
+                "s2": real((*shape, p), bound=factor**2 * rows, step=steps[1]),
                 "withheld": withheld((*shape, p)),
             }
             total = yield Round("moments", Sum(), fields, {"center": np.ascontiguousarray(center)}, sites=sites)
             sites, counts = total.sites, total["count"]
-            rows_hidden = GROUPS.hidden(total, cohort.min_group_size)
+            rows_hidden = GROUPS.hidden(total, smallest(cohort))
             left = {"withheld": total["withheld"] | rows_hidden[..., None], "count": counts}
-            hidden = VALUES.hidden(left, cohort.min_group_size) | rows_hidden[..., None]
+            hidden = VALUES.hidden(left, smallest(cohort)) | rows_hidden[..., None]
             n = np.maximum(counts, 1)
             offset, square = half * total["s1"] / n, half**2 * total["s2"] / n
+            if not cohort.exact:
+                offset = np.clip(offset, -half, half)
             spread = np.maximum(square - offset**2, 0.0)
-            lost = (counts > 1) & ~hidden & (spread < LOST * square)
+            lost = (counts > 1) & ~hidden & (spread < LOST * square) & cohort.exact
             if factor == 2 or not lost.any():
                 break
             center = np.where((counts > 0) & ~hidden, center + offset, middle)
@@ -162,7 +167,16 @@ class GroupBy:
             variance=(spread * n / np.maximum(n - 1, 1)).reshape(-1, p),
         )
 
-    @handler("moments", groups=("all_rows",), cells=(GROUPS, VALUES))
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        """A record is in one group; *center* may differ between groups."""
+        names, shape = self._columns(schema), self._shape(schema)
+        middle, half = _scale(schema, names)
+        center = sent_array(sent, "center", (*shape, len(names))).reshape(-1, len(names))
+        s1, s2 = powers(reach(middle - half, middle + half, center, half))
+        told = {"all_rows": touches(), "rows": touches(), "count": touches(len(names)), "s1": s1, "s2": s2}
+        return {**told, "rows_withheld": NOTHING, "withheld": NOTHING}
+
+    @handler("moments", groups=("all_rows",), cells=(GROUPS, VALUES), record=_per_record)
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: each group's rows, and each column's count and moments in it about the centre sent."""
         table = site.table

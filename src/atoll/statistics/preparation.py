@@ -17,7 +17,10 @@ import numpy as np
 from atoll.contract.disclosure import Cells
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
+from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, smallest
 
 MOST = 50
 """A larger k or l is told as this."""
@@ -45,7 +48,7 @@ class Preparation:
         if self.params.anonymity:
             fields |= {"k": count(MOST + 1, bound=1), "l": count(MOST + 1, bound=1)}
         total = yield Round("left out", Sum(), {**fields, "withheld": withheld(size)})
-        hidden = LEFT_OUT.hidden(total, cohort.min_group_size)
+        hidden = LEFT_OUT.hidden(total, smallest(cohort))
         dropped = {r: None if hidden[i] else int(total["dropped"][i]) for i, r in enumerate(self.params.reasons)}
         achieved = {}
         for name in ("k", "l") if self.params.anonymity else ():
@@ -53,7 +56,14 @@ class Preparation:
             achieved[name] = int(sites[0]) if len(sites) else None
         return {"rows": int(total["rows"]), "dropped": dropped, "achieved": achieved}
 
-    @handler("left out", groups=("rows",), cells=LEFT_OUT)
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        """A record is kept, or left out for one reason; but one may decide about others where tables are made
+        anonymous: nothing is then declared."""
+        if self.params.anonymity:
+            return {}
+        return {"rows": touches(), "dropped": touches(), "withheld": NOTHING}
+
+    @handler("left out", groups=("rows",), cells=LEFT_OUT, record=_per_record)
     def left_out(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows kept, and rows left out for each reason."""
         dropped = [site.table.dropped.get(reason, 0) for reason in self.params.reasons]

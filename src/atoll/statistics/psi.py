@@ -35,7 +35,9 @@ from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, smallest
 from atoll.statistics.quantiles import Quantiles
 
 Floats = NDArray[np.float64]
@@ -122,16 +124,17 @@ class StabilityIndex:
                 edges[i, : len(cuts[name])] = cuts[name]
         fields = {"counts": count(shape, bound=rows), "total": count(shape[:2], bound=rows)}
         total = yield Round("bins", Sum(), {**fields, "withheld": withheld(shape)}, {"edges": edges})
-        hidden = np.logical_or.reduce(CELLS.hidden(total, cohort.min_group_size), axis=0)
+        hidden = np.logical_or.reduce(CELLS.hidden(total, smallest(cohort)), axis=0)
+        people = total["total"] if cohort.exact else total["counts"].sum(axis=-1)
         counts = np.full((*shape[:2], shape[2] + 1), ABSENT)
         for c, name in enumerate(names):
             size = codes.get(name) or len(cuts[name]) + 1
             shown = np.flatnonzero(~hidden[c, :size])
             counts[:, c, shown] = total["counts"][:, c, shown]
             if len(shown) < size:
-                counts[:, c, -1] = total["total"][:, c] - total["counts"][:, c, shown].sum(axis=-1)
-        small = total["total"] < max(cohort.min_group_size, 1)
-        enough = ~(small[:2].any(axis=0) | (small & (total["total"] > 0)).any(axis=0))
+                counts[:, c, -1] = people[:, c] - total["counts"][:, c, shown].sum(axis=-1)
+        small = people < max(smallest(cohort), 1)
+        enough = ~(small[:2].any(axis=0) | (small & (people > 0)).any(axis=0))
         counts[:, ~enough] = ABSENT
         columns = {}
         for c, name in enumerate(names):
@@ -161,14 +164,19 @@ class StabilityIndex:
             above = dict(zip(map(str, MARKS), drifted["above"][c].tolist(), strict=True))
             columns[name] |= {"sites": int(drifted["measured"][c]), "above": above}
         own: dict[str, dict[str, float | None]] = {}
-        if self.params.own:
+        if self.params.own and cohort.exact:
             gathered = yield Round("own", Gather(), {"psi": real(len(names))}, send, optional=True)
             for site in gathered:
                 each = gathered[site]["psi"].tolist()
                 own[site] = {n: None if math.isnan(v) else v for n, v in zip(names, each, strict=True)}
         return {"psi": {"between": "sites", "columns": columns, "own": own}}
 
-    @handler("bins", cells=CELLS)
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        codes, numbers = self._columns(schema)
+        cells = touches(len(codes) + len(numbers))
+        return {"counts": cells, "total": cells, "withheld": NOTHING}
+
+    @handler("bins", cells=CELLS, record=_per_record)
     def bins(self, site: SiteView, task: Task) -> Reply:
         """At the site: people in each bin of each column (in each period)."""
         counts = self._counted(site, task)

@@ -27,8 +27,9 @@ counts, recent rows and flags; under ``plain`` each site's. Counts of fewer than
 be had from: a column with so few missing cells tells nothing else either (a component that needs what is withheld is
 None, and *note* says so). The own scores of sites that share "metrics" are made of the counts that a site may tell.
 Threat model: as the plan's protection; a site judges by one set of quartiles in a run, so that counts
-at others cannot be subtracted. Dropout: the survivors' counts. Cost: quantiles' rounds (6 KiB a number and
-round), 53 KiB if there is a time column, and about 60 bytes a column and 18 a class.
+at others cannot be subtracted. Dropout: the survivors' counts. Noise: own scores are not
+asked for; unit flags say little; the newest month is one with clearly more rows than noise makes. Cost: quantiles'
+rounds (6 KiB a number and round), 53 KiB if there is a time column, and about 60 bytes a column and 18 a class.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, sent_array, smallest
 from atoll.statistics.quantiles import Quantiles
 
 Floats = NDArray[np.float64]
@@ -121,7 +124,7 @@ class Quality:
         """Returns {"quality": {"rows", "score", "components": {name: share or None}, "weights", "columns": {name:
         {"completeness", "plausibility", "unit_flags": {power of ten: sites}}}, "newest_month", "sites": {site:
         {"score", "components", "completeness", "plausibility", "unit_flags"}}, "note"}}."""
-        schema, rows, smallest = cohort.schema, cohort.schema.max_rows, cohort.min_group_size
+        schema, rows, fewest = cohort.schema, cohort.schema.max_rows, smallest(cohort)
         names, numbers, label, time = self._columns(schema)
         classes = len(schema.columns[label].values or ()) if label else 0
         send: dict[str, Array] = {"quartiles": np.zeros((len(numbers), 3)), "newest": np.full(1, -1.0)}
@@ -131,8 +134,9 @@ class Quality:
             send["quartiles"] = np.array([[v or 0.0 for v in found[n]["values"]] for n in numbers])
         if time:
             months = yield Round("months", Sum(), _fields({"timed": (2,), "months": (2, MONTHS)}, rows))
-            known = _known(months, (TIMED, MONTH), smallest)["months"][1]
-            enough = np.flatnonzero(known > 0)
+            known = _known(months, (TIMED, MONTH), fewest)["months"][1]
+            noise = 0 if cohort.exact else 1.5 * months["months"][0].max()  # these are all 0 but for the noise
+            enough = np.flatnonzero(known > noise)
             send["newest"] = np.array([float(enough[-1]) if len(enough) else -1.0])
         watched = _watched(names, time)
         shapes = {"cells": (len(watched), 2), "parts": (len(watched), 2, 2), "labelled": (2,), "labels": (2, classes)}
@@ -146,7 +150,7 @@ class Quality:
             },
             send,
         )
-        counts = _known(total, TABLES, smallest)
+        counts = _known(total, TABLES, fewest)
         shares = self._shares(schema, send["quartiles"], counts)
         components = _components(shares)
         columns: dict[str, Any] = {}
@@ -160,7 +164,7 @@ class Quality:
                 columns[name] |= {"plausibility": shares["plausibility"][at], "unit_flags": flags}
         newest = int(send["newest"][0])
         own: dict[str, Any] = {}
-        if self.params.own:
+        if self.params.own and cohort.exact:
             fields = {name: real(len(values)) for name, values in shares.items()} | {"flags": real(len(numbers))}
             gathered = yield Round("own", Gather(), fields, send, optional=True)
             own = {site: self._own(gathered[site], names, numbers) for site in gathered}
@@ -200,7 +204,21 @@ class Quality:
 
     # ---------------------------------------------------------------- at the site
 
-    @handler("months", cells=(TIMED, MONTH))
+    def _months_per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        marks = {"timed_withheld": NOTHING, "months_withheld": NOTHING}
+        return {"timed": touches(), "months": touches(), **marks}
+
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        """Of each column a record is one cell, and in one part; a median may lower one flag and raise one."""
+        names, numbers, label, time = self._columns(schema)
+        sent_array(sent, "quartiles", (len(numbers), 3))
+        sent_array(sent, "newest", (1,))
+        cells, classes = touches(len(_watched(names, time))), touches(1 if label else 0)
+        told = {"cells": cells, "parts": cells, "labelled": classes, "labels": classes, "repeats": touches()}
+        marks = {f"{name}_withheld": NOTHING for name in told}
+        return {"rows": touches(), "flags": touches(2 * len(numbers)), **told, **marks}
+
+    @handler("months", cells=(TIMED, MONTH), record=_months_per_record)
     def months(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows without and with a date, and of these rows a month."""
         *_, time = self._columns(site.table.schema)
@@ -209,7 +227,7 @@ class Quality:
         timed = np.array([len(month) - months.sum(), months.sum()])
         return {"timed": timed, "months": np.stack([np.zeros_like(months), months])}
 
-    @handler("counts", groups=("rows",), cells=TABLES)
+    @handler("counts", groups=("rows",), cells=TABLES, record=_per_record)
     def counts(self, site: SiteView, task: Task) -> Reply:
         """At the site: missing cells, outliers, recent rows, label classes, repeated rows and unit flags."""
         return self._counted(site, task)

@@ -24,8 +24,10 @@ The coordinator learns, of the cohort's total: each column's count, and bounds o
 counts at the grid points asked; under ``plain`` each site's, cut as above. Threat model: as the plan's
 protection; under one that shows only sums, the coordinator itself sees the sums around a bracket.
 Dropout: the quantiles of the survivors; a bracket that they move out of is opened again, for at most
-R further rounds. Cost: R rounds of 16 · columns · probabilities · (bins + 1) bytes a site (the first
-without the factor probabilities), and a sort of each column a round.
+R further rounds. Noise: exactly R rounds, so a larger *error* (fewer rounds) may give better answers; within a
+round the counts are made to rise; *errors* are those of the brackets, without the noise's. Cost: R
+rounds of 16 · columns · probabilities · (bins + 1) bytes a site (the first without the factor probabilities), and a
+sort of each column a round.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
 from atoll.contract.schema import Column, TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.noise import NOTHING, rising, sent_array, smallest
 
 Floats = NDArray[np.float64]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -189,8 +193,14 @@ class Quantiles:
             send = {"brackets": brackets} if number else {}
             total = yield Round(handled, Sum(), {**fields, "withheld": withheld(shape[0])}, send)
             probes = _probes(asked, bins)
-            nearest.see(total, total.sites, probes)
-            before, brackets = brackets, self._narrowed(total, probes, shape, top, cohort.min_group_size)
+            counted = total if cohort.exact else _risen(total, probes)
+            nearest.see(counted, total.sites, probes)
+            narrowed = self._narrowed(counted, probes, shape, top, smallest(cohort), exact=cohort.exact)
+            before, brackets = brackets, narrowed
+            if not cohort.exact:
+                if number + 1 < rounds:
+                    continue
+                break
             left = brackets[..., 1] - brackets[..., 0]
             if (left > before[..., 1] - before[..., 0]).any():
                 enough = 2 * rounds  # sites dropped out, and the survivors' quantile is elsewhere
@@ -199,19 +209,20 @@ class Quantiles:
         columns = {
             name: {
                 **self._reported(grid, int(total["count"][i]), int(total["withheld"][i]), brackets[i], cohort),
-                **nearest.cuts(i, grid, int(total["count"][i]), cohort.min_group_size),
+                **nearest.cuts(i, grid, int(total["count"][i]), smallest(cohort)),
             }
             for i, (name, grid) in enumerate(grids.items())
         }
         return {"quantiles": {"columns": columns, "rounds": number + 1}}
 
     def _narrowed(
-        self, total: Mapping[str, Array], probes: Floats, shape: tuple[int, int], top: Floats, smallest: int
-    ) -> Floats:
+        self, total: Mapping[str, Array], probes: Floats, shape: tuple[int, int], top: Floats, smallest: int,
+        *, exact: bool = True,
+    ) -> Floats:  # fmt: skip
         """The brackets between *probes* [columns, 1 or probabilities, bins + 1] that hold the quantiles, [*shape, 2].
 
         A bracket keeps at least *smallest* people; it is opened to the grid's end where the quantile left it, or is
-        among the *smallest* lowest or highest people.
+        among the *smallest* lowest or highest people. Counts that are not *exact* do not open it.
         """
         found, tail = np.empty((*shape, 2)), _tail(smallest)
         for c in range(shape[0]):
@@ -226,6 +237,11 @@ class Quantiles:
                 latest = max(math.ceil(Fraction(str(p)) * (n + unknown)), 1)
                 below, reached = np.flatnonzero((high < rank) | bottom), np.flatnonzero((low >= latest) | end)
                 high = np.where(bottom, 0, high)
+                if not exact:
+                    last = max(int(np.append(reached, len(points) - 1)[0]), 1)
+                    before = below[points[below] < points[last]]
+                    found[c, i] = points[before[-1] if len(before) else 0], points[last]
+                    continue
                 if not len(below) or not len(reached):
                     found[c, i] = (
                         (points[below[-1]] if len(below) else -1),
@@ -242,7 +258,7 @@ class Quantiles:
         return found
 
     def _reported(self, grid: Grid, n: int, withheld_sites: int, brackets: Floats, cohort: Cohort) -> dict[str, Any]:
-        told = n >= max(cohort.min_group_size, 1)
+        told = n >= max(smallest(cohort), 1)
         answers = [grid.within(*bracket) if told else (None, None) for bracket in brackets.tolist()]
         return {
             "count": n if told or not n else None,
@@ -253,14 +269,23 @@ class Quantiles:
             "withheld_sites": withheld_sites,
         }
 
-    @handler("range", cells=COUNT)
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        """A value is at or below up to all points asked."""
+        columns, brackets = len(self._grids(schema)), 1
+        if "brackets" in sent:
+            brackets = len(self.params.probabilities)
+            sent_array(sent, "brackets", (columns, brackets, 2))
+        reached = touches(columns * brackets * (self.params.bins + 1))
+        return {"count": touches(columns), "low": reached, "high": reached, "withheld": NOTHING}
+
+    @handler("range", cells=COUNT, record=_per_record)
     def range(self, site: SiteView, task: Task) -> Reply:
         """At the site: counts, and bounds of the cumulative counts over the whole range of each column."""
         grids = self._grids(site.table.schema)
         whole = np.array([[[-1.0, grid.size - 1.0]] for grid in grids.values()]).reshape(-1, 1, 2)
         return self._counted(site, grids, whole)
 
-    @handler("brackets", cells=COUNT)
+    @handler("brackets", cells=COUNT, record=_per_record)
     def brackets(self, site: SiteView, task: Task) -> Reply:
         """At the site: the same within one bracket for each column and probability."""
         grids = self._grids(site.table.schema)
@@ -274,6 +299,13 @@ class Quantiles:
             counts[i], low[i], high[i] = cumulative(site, name, grid.at(np.rint(asked[i])), grid.low, grid.high)
             site.progress(i + 1, len(grids))
         return {"count": counts, "low": low, "high": high}
+
+
+def _risen(total: Mapping[str, Array], probes: Floats) -> dict[str, Array]:
+    """Noisy counts that do not fall: the mean of both bounds, which are the same count but at −∞."""
+    both = np.where(probes < 0, 0.0, np.asarray(total["low"] + total["high"], np.float64) / 2)
+    both = np.minimum(rising(both), total["count"].reshape(-1, 1, 1))
+    return {"count": total["count"], "withheld": total["withheld"], "low": both, "high": both}
 
 
 def cumulative(

@@ -18,6 +18,9 @@ passes the same test for the cohort. Small intervals are thus merged (*note*). T
 ends that all groups share. A site whose group has fewer than k events (and more than none), or k censored
 rows, is left out of that group, and counted in *withheld_sites*.
 
+Under noise the counts of each interval are asked for (round "cells"), as one record changes one of them but all
+cumulative ones after it; these are then made to rise, by least squares.
+
 The coordinator learns, of the cohort's total: events and censored rows by group up to each end, and rows left out for
 a missing duration, event or group; under ``plain`` each site's, cut as above. Threat model: as the plan's
 protection. Dropout: the survivors' curves. Cost: one round, 24 · (intervals + 1) bytes a group and site.
@@ -37,10 +40,12 @@ from scipy import stats
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Summed, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
 from atoll.statistics.cuts import halving, kept
+from atoll.statistics.noise import NOISED, NOTHING, cumulated, only_summed, smallest
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -122,14 +127,18 @@ class Survival:
             "left_out": count(1, bound=rows),
             "left_out_withheld": withheld(1),
         }
-        total = yield Round("survival", Sum(), fields)
-        smallest = cohort.min_group_size
+        if cohort.exact:
+            total = yield Round("survival", Sum(), fields)
+        else:
+            noisy = {"cells": real((size, 2, len(ends)), bound=rows, step=1), "left_out": fields["left_out"]}
+            total = _as_told((yield Round("cells", Sum(), noisy)))
+        fewest = smallest(cohort)
         curves, tested = {}, []
         for g, name in enumerate(groups):
             people, below, telling = total["people"][g], total["below"][g].T, int(total["telling"][g])
             order = [place for place in halving(len(ends) - 1) if total["told"][g, place] == telling]
-            cuts = kept(below, people, order, smallest)
-            small = bool(((people > 0) & (people < smallest)).any())
+            cuts = kept(below, people, order, fewest)
+            small = bool(((people > 0) & (people < fewest)).any())
             if people.any() and not small:
                 tested.append((str(name), people, below, set(cuts)))
             curve = {"withheld_sites": len(total.sites) - telling, "note": ""}
@@ -137,22 +146,53 @@ class Survival:
                 curves[str(name)] = curve | {"note": SMALL}
                 continue
             table = Intervals.of(ends, people, below, cuts)
-            note = MERGED if len(cuts) < len(ends) - 1 else ""
+            note = MERGED if len(cuts) < len(ends) - 1 else "" if cohort.exact else NOISED
             curves[str(name)] = curve | table.curve(possible, self.params.confidence) | {"note": note}
-        hidden = LEFT_OUT.hidden(total, smallest)[0]
+        hidden = LEFT_OUT.hidden(total, fewest)[0]
         return {
             "survival": {
                 **self.params.model_dump(include={"duration", "event", "group", "confidence"}),
-                "exact": _resolved(ends, possible) and not any(curve["note"] for curve in curves.values()),
+                "exact": cohort.exact and _resolved(ends, possible) and not any(c["note"] for c in curves.values()),
                 "left_out": None if hidden else int(total["left_out"][0]),
                 "curves": curves,
                 "logrank": _logrank(ends, tested),
             }
         }
 
-    @handler("survival", cells=(PEOPLE, LEFT_OUT))
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        reached = touches(len(self._times(schema)[0]) - 1)
+        told = dict.fromkeys(("withheld", "told", "telling", "left_out_withheld"), NOTHING)
+        return {**told, "people": touches(), "below": reached, "left_out": touches()}
+
+    def _per_record_of_cells(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return {"cells": touches(), "left_out": touches()}
+
+    @handler("survival", cells=(PEOPLE, LEFT_OUT), record=_per_record)
     def survival(self, site: SiteView, task: Task) -> Reply:
         """At the site: events and censored rows up to each end of an interval, where the groups between are large."""
+        counts, left_out = self._counted(site)
+        size, _, intervals = counts.shape
+        below, people = np.cumsum(counts, axis=2)[:, :, :-1], counts.sum(axis=2)
+        told = np.zeros((size, intervals - 1), np.int64)
+        for g in range(size):
+            told[g, kept(below[g].T, people[g], halving(intervals - 1), site.min_group_size)] = 1
+        return {
+            "people": people,
+            "below": below * told[:, None],
+            "told": told,
+            "telling": ((people == 0) | (people >= site.min_group_size)).all(axis=1).astype(np.int64),
+            "left_out": np.array([left_out]),
+        }
+
+    @handler("cells", record=_per_record_of_cells)
+    def cells(self, site: SiteView, task: Task) -> Reply:
+        """At the site: events and censored rows in each interval."""
+        only_summed(site)
+        counts, left_out = self._counted(site)
+        return {"cells": counts, "left_out": np.array([left_out])}
+
+    def _counted(self, site: SiteView) -> tuple[Ints, int]:
+        """(events and censored rows in each interval, [groups, 2, intervals]; rows left out)."""
         table = site.table
         (ends, _), size = self._times(table.schema), len(self._groups(table.schema))
         duration, event = table[self.params.duration], table[self.params.event]
@@ -161,17 +201,16 @@ class Survival:
         place = np.minimum(np.searchsorted(ends, duration[known]), len(ends) - 1)
         place += (group[known] * 2 + (event[known] == 0)) * len(ends)
         counts = np.bincount(place, minlength=size * 2 * len(ends)).reshape(size, 2, len(ends))
-        below, people = np.cumsum(counts, axis=2)[:, :, :-1], counts.sum(axis=2)
-        told = np.zeros((size, len(ends) - 1), np.int64)
-        for g in range(size):
-            told[g, kept(below[g].T, people[g], halving(len(ends) - 1), site.min_group_size)] = 1
-        return {
-            "people": people,
-            "below": below * told[:, None],
-            "told": told,
-            "telling": ((people == 0) | (people >= site.min_group_size)).all(axis=1).astype(np.int64),
-            "left_out": np.array([len(table) - int(known.sum())]),
-        }
+        return counts, len(table) - int(known.sum())
+
+
+def _as_told(total: Summed) -> Summed:
+    """Noisy cells as the exact round tells them: cumulative, at every end, by all sites."""
+    reached, sites = cumulated(total["cells"]), len(total.sites)
+    size, ends = len(reached), reached.shape[2] - 1
+    told = {"told": np.full((size, ends), sites), "telling": np.full(size, sites), "left_out": total["left_out"]}
+    marks = {"withheld": np.zeros((size, 2)), "left_out_withheld": np.zeros(1)}
+    return Summed({**told, **marks, "people": reached[..., -1], "below": reached[..., :-1]}, total.sites)
 
 
 class Intervals:

@@ -26,8 +26,10 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
 from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
 from atoll.statistics.group_by import SLICE, add_largest, group_moments
+from atoll.statistics.noise import NOISED, NOTHING, coarse, fine, powers, reach, sent_array, smallest
 
 LOST = 1e-6
 """A variance below this share of the mean square is computed anew about the mean."""
@@ -93,7 +95,7 @@ class TTest:
         told: dict[str, Any] = {"test": test, "column": asked.column, "by": asked.by, "groups": groups}
         told["samples"] = [_described(sample) for sample in samples]
         shown = ("difference", "t", "df", "p_value", "interval", "cohens_d")
-        told |= dict.fromkeys(shown) | {"confidence": asked.confidence, "note": ""}
+        told |= dict.fromkeys(shown) | {"confidence": asked.confidence, "note": "" if cohort.exact else NOISED}
         known = [sample for sample in samples if sample is not None]
         if len(known) < len(samples):
             told["note"] = "withheld, so nothing is tested: too few people, or a few make most of the sum" + (
@@ -159,23 +161,26 @@ class TTest:
     def _moments(self, cohort: Cohort) -> Generator[Any, Any, Sample | None]:
         (center, half), rows, sites = self._scale(cohort.schema), cohort.schema.max_rows, None
         for factor in (1, 2):
+            steps = [fine(factor**i * rows, 20 * factor) if cohort.exact else coarse(1.0) for i in (1, 2)]
             fields = {
                 "rows": count(bound=rows),
                 "count": count(1, bound=rows),
-                "s1": real(1, bound=factor * rows, step=1e-9),
-                "s2": real(1, bound=factor**2 * rows, step=1e-9),
+                "s1": real(1, bound=factor * rows, step=steps[0]),
+                "s2": real(1, bound=factor**2 * rows, step=steps[1]),
                 "withheld": withheld(1),
                 "single": count(2, bound=rows),
                 "left_out": count(bound=1),
             }
             total = yield Round("moments", Sum(), fields, {"center": np.array([center])}, sites=sites)
-            few = (total["single"] > 0) & (total["single"] < cohort.min_group_size)
-            if VALUES.hidden(total, cohort.min_group_size).any() or few.any() or total["left_out"]:
+            few = (total["single"] > 0) & (total["single"] < smallest(cohort))
+            if VALUES.hidden(total, smallest(cohort)).any() or few.any() or total["left_out"]:
                 return None
             sites, n = total.sites, max(int(total["count"][0]), 1)
             offset, square = half * float(total["s1"][0]) / n, half**2 * float(total["s2"][0]) / n
+            if not cohort.exact:
+                offset = min(max(offset, -half), half)
             spread = max(square - offset**2, 0.0)
-            if not spread < LOST * square:
+            if not spread < LOST * square or not cohort.exact:
                 break
             if factor == 1:
                 center += offset
@@ -183,7 +188,15 @@ class TTest:
                 spread = 0.0  # lost about the mean itself: rounding is all there is
         return int(total["count"][0]), center, offset, spread * n / max(n - 1, 1)
 
-    @handler("moments", groups=("rows",), cells=VALUES)
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        middle, half = self._scale(schema)
+        center, ends = sent_array(sent, "center", (1,)), np.array([middle - half, middle + half])
+        s1, s2 = powers(reach(ends[:1], ends[1:], center, np.array([half])))
+        single = touches(1 if self.params.paired else 0)
+        told = {"rows": touches(), "count": touches(), "s1": s1, "s2": s2, "withheld": NOTHING}
+        return {**told, "single": single, "left_out": NOTHING}
+
+    @handler("moments", groups=("rows",), cells=VALUES, record=_per_record)
     def moments(self, site: SiteView, task: Task) -> Reply:
         """At the site: count and moments of the column (or of the pairs' differences) about the centre sent, and
         how many rows have only the first, or the second, of a pair; nothing where these are few."""

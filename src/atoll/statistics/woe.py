@@ -31,6 +31,9 @@ neighbours and said to be (*note*), missing cells with the lowest bin; no number
 fewer than k rows of either label, or of none (and more than none), is left out, and counted in *withheld_sites*;
 a recipe that drops rows without a label keeps it in.
 
+Under noise a site is asked for the parts' counts (round "cells"), as one record changes one of a feature's but all
+cumulative ones above it; labels are then counted from each feature's own parts.
+
 The coordinator learns, of the cohort's total: counts by label up to every edge, and what the quantiles
 program says; under ``plain`` each site's, cut as above. Threat model: as the plan's protection; a coordinator
 that keeps to the protocol asks about labels only at edges where the quantiles program told all counts.
@@ -41,7 +44,7 @@ Dropout: the survivors' counts; edges that were asked stay. Cost: quantiles' rou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -54,8 +57,10 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
 from atoll.contract.schema import Column, TableSchema
+from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
 from atoll.statistics.cuts import halving, kept
+from atoll.statistics.noise import NOTHING, only_summed, smallest
 from atoll.statistics.quantiles import Quantiles
 
 Floats = NDArray[np.float64]
@@ -155,7 +160,7 @@ class Woe:
 
         share: of all rows with a label. A bin that is empty has no woe. ranking: features by IV, largest first.
         """
-        features, rows, smallest = self._features(cohort.schema), cohort.schema.max_rows, cohort.min_group_size
+        features, rows, fewest = self._features(cohort.schema), cohort.schema.max_rows, smallest(cohort)
         send: dict[str, Array] = {}
         if numbers := tuple(feature.name for feature in features if feature.edges is None):
             probabilities = tuple(part / self._parts for part in range(1, self._parts))
@@ -176,21 +181,27 @@ class Woe:
             "unlabelled": count(1, bound=rows),
             "unlabelled_withheld": withheld(1),
         }
-        total = yield Round("labels", Sum(), fields, send)
+        if cohort.exact:
+            total = yield Round("labels", Sum(), fields, send)
+        else:
+            cells = count((2, sum(sizes) + len(sizes)), bound=rows)
+            total = yield Round("cells", Sum(), {"cells": cells, "unlabelled": fields["unlabelled"]}, send)
+            total = _as_told(total, features, sizes)
         labels, telling = total["labels"], int(total["telling"])
-        small = bool(((labels > 0) & (labels < smallest)).any())
+        small = bool(((labels > 0) & (labels < fewest)).any())
         ends, results = np.cumsum(sizes), {}
-        for feature, end, size in zip(features, ends, sizes, strict=True):
+        for number, (feature, end, size) in enumerate(zip(features, ends, sizes, strict=True)):
             below = total["below"][:, end - size : end].T
             exact = total["told"][end - size : end] == telling
-            results[feature.name] = self._described(feature, below, exact, labels, small, smallest)
+            own = labels if cohort.exact else total["own"][number]
+            results[feature.name] = self._described(feature, below, exact, own, small, fewest)
         return {
             "woe": {
                 "target": self.params.target,
                 "positives": None if small else int(labels[1]),
                 "negatives": None if small else int(labels[0]),
-                "unlabelled": None if UNLABELLED.hidden(total, smallest)[0] else int(total["unlabelled"][0]),
-                "withheld_sites": len(total.sites) - telling,
+                "unlabelled": None if UNLABELLED.hidden(total, fewest)[0] else int(total["unlabelled"][0]),
+                "withheld_sites": len(total.sites) - telling if cohort.exact else 0,
                 "ranking": sorted(results, key=lambda name: -(results[name]["iv"] or 0.0)),
                 "features": results,
             }
@@ -207,20 +218,21 @@ class Woe:
 
     # ---------------------------------------------------------------- at the site
 
-    @handler("labels", cells=(LABELS, UNLABELLED))
+    def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        told = dict.fromkeys(("withheld", "told", "telling", "unlabelled_withheld"), NOTHING)
+        return {**told, "labels": touches(), "below": touches(sum(self._sizes(schema))), "unlabelled": touches()}
+
+    def _per_record_of_cells(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return {"cells": touches(len(self._sizes(schema))), "unlabelled": touches()}
+
+    @handler("labels", cells=(LABELS, UNLABELLED), record=_per_record)
     def labels(self, site: SiteView, task: Task) -> Reply:
         """At the site: rows by label up to every edge of every feature, where the groups between are large enough."""
-        features, sizes = self._features(site.table.schema), self._sizes(site.table.schema)
-        open_ended = sum(feature.edges is None for feature in features)
-        edges = iter(task.take("edges", (open_ended, self._parts - 1)) if open_ended else ())
-        label = site.table[self.params.target]
-        label = np.where(np.isnan(label), 2, label).astype(np.int8)
+        label, sizes = self._label(site), self._sizes(site.table.schema)
         below, told, end = np.zeros((2, sum(sizes)), np.int64), np.zeros(sum(sizes), np.int64), 0
-        for number, (feature, size) in enumerate(zip(features, sizes, strict=True), 1):
-            asked = np.sort(next(edges)) if feature.edges is None else feature.edges
-            part = slice(end, end := end + size)
-            below[:, part], told[part] = _up_to(site, feature, label, np.append(-np.inf, asked))
-            site.progress(number, len(features))
+        for feature, levels in self._levels(site, task):
+            part = slice(end, end := end + len(levels))
+            below[:, part], told[part] = _up_to(site, feature, label, levels)
         rows = np.bincount(label, minlength=3)
         telling = int(((rows == 0) | (rows >= site.min_group_size)).all())
         return {
@@ -230,6 +242,35 @@ class Woe:
             "told": told * telling,
             "telling": telling,
         }
+
+    @handler("cells", record=_per_record_of_cells)
+    def cells(self, site: SiteView, task: Task) -> Reply:
+        """At the site: rows by label in every part of every feature: missing cells, then up to each edge, and above."""
+        only_summed(site)
+        label, found = self._label(site), []
+        for feature, levels in self._levels(site, task):
+            places = feature.places(site)
+            part = np.where(np.isnan(places), 0, np.searchsorted(levels, places))
+            part += label.astype(np.int64) * (len(levels) + 1)
+            counts = np.bincount(part, minlength=3 * (len(levels) + 1)).reshape(3, -1)
+            found.append(counts[:2])
+        unlabelled = np.array([(label == 2).sum()])
+        return {"cells": np.concatenate([np.zeros((2, 0), np.int64), *found], axis=1), "unlabelled": unlabelled}
+
+    def _label(self, site: SiteView) -> NDArray[np.int8]:
+        """0, 1, or 2 for none, [num_rows]."""
+        label = site.table[self.params.target]
+        return np.where(np.isnan(label), 2, label).astype(np.int8)
+
+    def _levels(self, site: SiteView, task: Task) -> Iterator[tuple[_Feature, Floats]]:
+        """Each feature and the ends of its parts: −∞, of missing cells, and its edges."""
+        features = self._features(site.table.schema)
+        open_ended = sum(feature.edges is None for feature in features)
+        edges = iter(task.take("edges", (open_ended, self._parts - 1)) if open_ended else ())
+        for number, feature in enumerate(features, 1):
+            asked = np.sort(next(edges)) if feature.edges is None else feature.edges
+            yield feature, np.append(-np.inf, asked)
+            site.progress(number, len(features))
 
     # ---------------------------------------------------------------- at the coordinator
 
@@ -309,6 +350,21 @@ class Woe:
                 merged = [blocks[first:last] for first, last in zip([0, *ends], ends, strict=False)]
                 best = iv, [[part for block in group for part in block] for group in merged]
         return best[1]
+
+
+def _as_told(total: Mapping[str, Array], features: Sequence[_Feature], sizes: Sequence[int]) -> dict[str, Any]:
+    """Noisy cells as the exact round tells them; "own": labels as each feature's parts count them, [features, 2]."""
+    own, below, end = np.zeros((len(features), 2), np.int64), np.zeros((2, sum(sizes)), np.int64), 0
+    for number, (feature, size) in enumerate(zip(features, sizes, strict=True)):
+        edges = len(np.asarray(feature.edges))
+        parts = total["cells"][:, end + number : end + number + size + 1]
+        parts = np.append(parts[:, : edges + 1], parts[:, -1:], axis=1)  # between repeated edges is nothing
+        below[:, end : end + edges + 1] = np.cumsum(parts, axis=1)[:, :-1]
+        own[number] = parts.sum(axis=1)
+        end += size
+    labels = np.rint(own.mean(axis=0)).astype(np.int64) if len(own) else np.zeros(2, np.int64)
+    told = {"told": np.ones(sum(sizes), np.int64), "telling": np.int64(1), "unlabelled_withheld": np.zeros(1)}
+    return {**told, "labels": labels, "own": own, "below": below, "unlabelled": total["unlabelled"]}
 
 
 def _up_to(site: SiteView, feature: _Feature, label: NDArray[np.int8], asked: Floats) -> tuple[Ints, Ints]:

@@ -35,8 +35,9 @@ Events = Sequence[tuple[DpEvent, int]]
 
 WHOLE_ORDERS = np.array([*range(2, 64), 72, 80, 96, 112, 128, 192, 256, 512, 1024], float)
 FINE_ORDERS = np.array([*(1 + x / 50 for x in range(1, 50)), *DEFAULT_RDP_ORDERS, *WHOLE_ORDERS[62:]], float)
-INTERVAL = 1e-3
-"""PLD's discretisation of the privacy loss ("connect the dots": always an upper bound)."""
+INTERVAL, FINE_INTERVAL = 1e-3, 1e-4
+"""PLD's discretisation of the privacy loss, always an upper bound; finer for discrete Laplace noise, whose few possible
+losses are rounded up to it (for other mechanisms dots are connected, which loses next to nothing)."""
 PLD_LIMIT = 50.0
 """Above this Rényi ε no PLD is made: it would be huge, and no such ε protects anybody."""
 
@@ -55,7 +56,8 @@ def _cost(events: Events, delta: float) -> float:
     bound = _renyi(leaves, delta)
     if bound > PLD_LIMIT and not math.isinf(bound):
         return bound
-    accountant = PLDAccountant(value_discretization_interval=INTERVAL)
+    fine = any(isinstance(event, DiscreteLaplaceDpEvent) for event, _ in leaves)
+    accountant = PLDAccountant(value_discretization_interval=FINE_INTERVAL if fine else INTERVAL)
     if not all(accountant.supports(event) for event, _ in leaves):
         return bound
     for event, count in leaves:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from dp_accounting import DpEvent
@@ -28,6 +29,8 @@ from atoll.privacy.dp.schedule import shape
 
 SLACK = 1e-9
 """What it may cost a release (ξ of zero-concentrated DP) that discrete shares add up only nearly to discrete noise."""
+GRID = 2.0**20
+"""Steps of the grid in one scale of the noise are enough: a finer one would be noise too."""
 ROOM = {"l2": 12.0, "l1": 45.0}
 """Noise beyond so many scales is improbable (2⁻⁹⁸ and 2⁻⁶⁴): bounds make room for it."""
 
@@ -37,7 +40,13 @@ class Noise:
 
     def __init__(self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool) -> None:
         """rates: for each round, the rate of secret Poisson sampling (1: every record takes part). survivors: fewest
-        sites in a sum. shared: only sums are seen. Raises PrivacyBudgetError "dp.no-honest-site"."""
+        sites in a sum. shared: only sums are seen. Raises PrivacyBudgetError "dp.no-honest-site", PlanError
+        "dp.gaussian-shares"."""
+        if shared and privacy.mechanism == "gaussian":
+            raise PlanError(
+                "dp.gaussian-shares", "rounded shares of continuous noise have no proven sum", field="privacy.mechanism",
+                remedy="choose discrete_gaussian",
+            )  # fmt: skip
         self.privacy, self.rates = privacy, tuple(rates)
         self.shares = honest(survivors, privacy.colluding) if shared else 1
         self.norm = "l1" if privacy.mechanism in ("laplace", "geometric") else "l2"
@@ -72,7 +81,9 @@ class Noise:
                 return gaussian.event(multiplier, sampling_rate=rate)
             case "discrete_gaussian":
                 return discrete_gaussian.event(multiplier, slack=SLACK, sampling_rate=rate)
-            case _:  # a discrete Laplace costs no more than the continuous one of its scale
+            case "geometric":
+                return geometric.event(multiplier, sampling_rate=rate)
+            case _:
                 return laplace.event(multiplier, sampling_rate=rate)
 
     def _each(self, multipliers: Sequence[float]) -> Events:
@@ -84,39 +95,42 @@ class Noise:
             counts[key] = counts.get(key, 0) + 1
         return [(self._event(z, rate), count) for (z, rate), count in counts.items()]
 
-    def scales(self, number: int, fields: Mapping[str, Field], norms: Mapping[str, Norms]) -> dict[str, float]:
-        """The whole noise's scale for each field of round *number*, in steps of the field's grid.
+    def fitted(
+        self, number: int, fields: Mapping[str, Field], norms: Mapping[str, Norms]
+    ) -> tuple[dict[str, Field], dict[str, float]]:
+        """For round *number*: its *fields* with room for noise in their bounds, and the whole noise's scale for each, in
+        steps of its grid.
 
-        norms: of one unit. Raises PlanError where a field has no step, PrivacyBudgetError beyond the planned rounds.
+        norms: of one unit. A grid much finer than the noise is made coarser: to GRID steps a scale. Raises PlanError
+        where a field has no step, PrivacyBudgetError beyond the planned rounds.
         """
         if number >= len(self.rates):
             raise PrivacyBudgetError(
                 "dp.more-releases", f"the plan's budget is for {len(self.rates)} rounds, and this is another",
                 field="privacy", remedy="the program asks for more sums than planned: submit a new plan",
             )  # fmt: skip
-        grid = {}
+        kind: Literal["l1", "l2"] = "l1" if self.norm == "l1" else "l2"
+        multiplier, steps, grid = self.multipliers[number], dict[str, float](), dict[str, Norms]()
+        rough = field_scales(norms, multiplier, norm=kind)
         for name, field in fields.items():
+            counts = np.dtype(field.dtype).kind in "iu"
             if not field.step or None in field.shape:
                 raise PlanError("dp.no-step", "noise needs a declared shape and step", field=name)
-            moved = norms[name].l2 > 0
-            counts = np.dtype(field.dtype).kind in "iu"
-            if self.privacy.mechanism == "geometric" and not counts and moved:
+            if self.privacy.mechanism == "geometric" and not counts and norms[name].l2:
                 raise PlanError(
                     "dp.geometric-counts", "geometric noise is for counts", field=name,
                     remedy="choose laplace, or discrete_gaussian",
                 )  # fmt: skip
+            finer = rough[name] / field.step / GRID
+            steps[name] = field.step * 2.0 ** math.ceil(math.log2(finer)) if finer > 1 and not counts else field.step
             size = math.prod(int(n or 0) for n in field.shape)
-            grid[name] = on_grid(norms[name], field.step, size, exact=counts) if moved else Norms(0, 0)
-        return field_scales(grid, self.multipliers[number], norm="l1" if self.norm == "l1" else "l2")
+            grid[name] = on_grid(norms[name], steps[name], size, exact=counts) if norms[name].l2 else Norms(0, 0)
+        scales = field_scales(grid, multiplier, norm=kind)
+        return {name: self._with_room(field, steps[name], scales[name]) for name, field in fields.items()}, scales
 
-    def room(self, fields: Mapping[str, Field], scales: Mapping[str, float]) -> dict[str, Field]:
-        """*fields* with bounds that have room for the noise."""
-        return {
-            name: replace(field, bound=(field.bound or 0) + (ROOM[self.norm] * scales[name] + 1) * (field.step or 1))
-            if scales[name]
-            else field
-            for name, field in fields.items()
-        }
+    def _with_room(self, field: Field, step: float, scale: float) -> Field:
+        room = (ROOM[self.norm] * scale + 1) * step if scale else 0
+        return replace(field, step=step, bound=(field.bound or 0) + room)
 
     def add(
         self, arrays: Mapping[str, Array], fields: Mapping[str, Field], scales: Mapping[str, float],

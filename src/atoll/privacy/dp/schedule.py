@@ -31,7 +31,7 @@ def shape(
     kind: what the noise does. measure: whether *ratio* is of noise or of budget (rho ∝ 1/noise²: noise moves by its
     root). stages: equal runs of rounds with the same noise, at most *releases*. Raises PlanError "dp.schedule".
     """
-    if releases < 1 or stages < 1 or ratio < 1 or kind not in ("constant", "rising", "falling"):
+    if releases < 1 or stages < 1 or not ratio >= 1 or kind not in ("constant", "rising", "falling"):
         raise PlanError(
             "dp.schedule", "a noise schedule needs a known kind, a release, a stage, and a ratio of at least 1",
             field="schedule", remedy="kind: constant, rising or falling; ratio: largest over smallest noise",

@@ -1,9 +1,13 @@
 """Who masks with whom, and how many must remain.
 
 Up to 64 sites everyone masks with everyone. Above, each site has neighbours on a ring of the sites in an order that
-no party chooses alone (a hash of run, round and roster), as many as make the two failures below improbable:
-Bell et al. 2020, Secure Single-Server Aggregation with (Poly)Logarithmic Overhead (CCS), §3 and Lemma 3.7. The degree
-grows with the logarithm of the number of sites.
+a hash of run, round and roster gives, as many as make the two failures below improbable: Bell et al. 2020, Secure
+Single-Server Aggregation with (Poly)Logarithmic Overhead (CCS), §3 and Lemma 3.7. The degree grows with the logarithm
+of the number of sites.
+
+An active coordinator draws the run's id, and may draw until the order suits it: against it the bound is one that no
+search reaches. By naming sites as dropped out it can cut the ring in two places, where enough sites collude with it,
+and learn the sums over the arcs, of more than half a neighbourhood each, in place of their sum (as in Bell et al. §4).
 """
 
 from __future__ import annotations
@@ -17,13 +21,14 @@ from scipy.stats import hypergeom
 
 from atoll.contract.protection import Terms
 from atoll.crypto.prg import label
+from atoll.crypto.shamir import MAX_HOLDERS
 
 FULL_GRAPH_SITES = 64
 COLLUDING = 0.2
 """Share of sites that may collude with the coordinator, above FULL_GRAPH_SITES."""
 DROPPING = 0.2
 """Share of sites that may drop out in a round, above FULL_GRAPH_SITES."""
-SECURITY_BITS = 40
+SECURITY_BITS = {"curious": 40, "active": 80}
 CORRECTNESS_BITS = 30
 
 
@@ -37,17 +42,22 @@ def threshold(holders: int, adversary: str) -> int:
 @lru_cache(maxsize=256)
 def degree(num_sites: int, adversary: str) -> int:
     """Neighbours of each site: the smallest even number for which, with probability 1 − 2^−SECURITY_BITS, no
-    neighbourhood has a threshold of colluding sites, and, with 1 − 2^−CORRECTNESS_BITS, all keep one of survivors."""
+    neighbourhood has a threshold of colluding sites, and, with 1 − 2^−CORRECTNESS_BITS, all keep one of survivors.
+
+    At most one less than can hold shares: some hundred sites against an active coordinator come to that, and then
+    survive somewhat fewer dropouts, at the same security.
+    """
     if num_sites <= FULL_GRAPH_SITES:
         return num_sites - 1
     bad, lost = math.ceil(COLLUDING * num_sites), math.ceil(DROPPING * num_sites)
-    for k in range(8, num_sites - 1, 2):
+    most = min(num_sites, MAX_HOLDERS) - 1
+    for k in range(8, most, 2):
         needed = threshold(k + 1, adversary)
         colluding = hypergeom(num_sites - 1, bad, k).logsf(needed - 2) / math.log(2)  # with itself one short
         too_few = hypergeom(num_sites - 1, lost, k).logsf(k + 1 - needed - 1) / math.log(2)
-        if max(colluding + SECURITY_BITS, too_few + CORRECTNESS_BITS) + math.log2(num_sites) <= 0:
+        if max(colluding + SECURITY_BITS[adversary], too_few + CORRECTNESS_BITS) + math.log2(num_sites) <= 0:
             return k
-    return num_sites - 1
+    return most
 
 
 def neighbours(terms: Terms) -> dict[str, tuple[str, ...]]:

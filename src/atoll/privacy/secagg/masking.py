@@ -19,8 +19,8 @@ Threat model: curious coordinator and fewer than the threshold t of colluding si
 t > 2n/3. Sites may send wrong vectors: the sum is then wrong, within its bounds. n is the roster's size, so that a
 coordinator cannot split the cohort in parts that it sums one by one. The colluding learn the sum over the others.
 Dropout: at any step down to the threshold the survivors' sum comes out of the same round. A vector that arrives after
-the set is signed stays hidden: only its pair masks are known. A round begun anew has new keys, and a site signs for it
-only the same set, or one that differs by as many sites as a sum must have.
+the set is signed stays hidden: only its pair masks are known. A round begun anew has new keys, and a site signs the
+same set for it as before, or none: two sums of one round could be subtracted.
 Cost: the fixed-point vector once, 0.2 KB and a share of 92 bytes per neighbour a site; masks for degree + 1 vectors a
 site; five round trips with the handler's.
 """
@@ -34,22 +34,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.capabilities import Capabilities
-from atoll.contract.errors import IntegrityError, ProtocolError, TransportError
-from atoll.contract.protection import REPLY, Exchange, Party, Replies, Terms
+from atoll.contract.errors import DisclosureError, IntegrityError, ProtocolError, TransportError
+from atoll.contract.protection import REPLY, Choice, Estimate, Exchange, Party, Replies, Terms
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
 from atoll.crypto import shamir
 from atoll.crypto.identity import SIGNATURE_BYTES, verify
-from atoll.crypto.prg import KEY_BYTES, Stream, derive, fresh_key, label
+from atoll.crypto.prg import KEY_BYTES, Stream, derive, fresh_key, label, mask_bytes_s
 from atoll.crypto.session import SEAL_BYTES, SIGNED_BYTES, Session, check_claim
-from atoll.privacy.fixed_point import Layout, add_masks, add_to
-from atoll.privacy.secagg.graph import holders, neighbours, threshold
+from atoll.privacy.secagg.graph import degree, holders, neighbours, threshold
+from atoll.privacy.secagg.group import Group, Ring
 
 Bytes = NDArray[np.uint8]
 ADVERT_BYTES = 2 * KEY_BYTES + SIGNATURE_BYTES
 """A mask key, a commitment to the self-mask seed, and the identity's signature of both."""
 SHARE_BYTES = 2 * KEY_BYTES
 SEALED_BYTES = SHARE_BYTES + SEAL_BYTES
+PEER_S = 1e-3
+"""About what one neighbour costs a site in keys, envelopes and signatures."""
+OF_RUN = "run: "
+"""Marks what a site keeps to the end of the run; all else that it keeps is a round's."""
 
 
 class SecAgg:
@@ -62,18 +66,37 @@ class SecAgg:
         "protection 'secagg'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum"})
     )
 
+    def open_group(
+        self, fields: Mapping[str, Field], sites: Sequence[str], terms: Terms
+    ) -> Generator[Exchange, Replies, Group]:
+        """Where replies of *fields* are added up, at the coordinator, which may have to ask *sites* for it."""
+        yield from ()
+        return Ring(fields, len(terms.roster))
+
+    def join_group(self, fields: Mapping[str, Field], party: Party) -> Group:
+        """The same at a site, which is asked for its reply."""
+        return Ring(fields, len(party.terms.roster))
+
+    def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
+        """Masks for every neighbour, and two key agreements and three signatures' checks with each."""
+        around = degree(num_sites, choice.adversary)
+        vector = sum(field.size_bytes for field in Ring(fields, num_sites).declared().values())
+        each = SEALED_BYTES * 2 + SIGNED_BYTES + ADVERT_BYTES + SIGNATURE_BYTES + KEY_BYTES
+        return Estimate(vector * (around + 1) / mask_bytes_s() + around * PEER_S, vector + around * each, 4)
+
     # ---------------------------------------------------------------- the coordinator
 
     def combine(
         self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]
     ) -> Generator[Exchange, Replies, Summed]:
         """shares → reply → agree → unmask, each asked of those that answered the last."""
-        layout, around, names = Layout.of(asked.reply, len(terms.roster)), neighbours(terms), tuple(terms.roster)
-        degree, needed = len(around[names[0]]), threshold(len(names), terms.choice.adversary)
+        group = yield from self.open_group(asked.reply, sites, terms)
+        around, names = neighbours(terms), tuple(terms.roster)
+        width, needed = len(around[names[0]]), threshold(len(names), terms.choice.adversary)
         here = {site: _array(sessions[site]) for site in sites if site in sessions}
 
         shared = yield Exchange(
-            "shares", tuple(here), {"advert": _bytes(ADVERT_BYTES), "sealed": _bytes(degree, SEALED_BYTES)},
+            "shares", tuple(here), {"advert": _bytes(ADVERT_BYTES), "sealed": _bytes(width, SEALED_BYTES)},
             send_to={site: _dense("sessions", SIGNED_BYTES, around[site], here) for site in here},
         )  # fmt: skip
         _enough(len(shared), needed, "shares")
@@ -85,9 +108,9 @@ class SecAgg:
             told[site] = _dense("adverts", ADVERT_BYTES, around[site], adverts)
             envelopes = {other: sealed[other][site] for other in around[site] if other in sealed}
             told[site] |= _dense("sealed", SEALED_BYTES, around[site], envelopes)
-        replies = yield Exchange(REPLY, tuple(adverts), layout.declared(), send_to=told)
+        replies = yield Exchange(REPLY, tuple(adverts), group.declared(), group.told, told)
         _enough(len(replies), max(needed, terms.min_sites), REPLY)
-        total = _added_up(layout, replies)
+        total = yield from group.total(replies)
 
         survivors = np.array([site in replies for site in names], np.uint8)
         agreed = yield Exchange(
@@ -96,7 +119,7 @@ class SecAgg:
         _enough(len(agreed), needed, "agree")
         signatures = {site: reply.array("signature").copy() for site, reply in agreed.items()}
         opened = yield Exchange(
-            "unmask", tuple(agreed), {"shares": _bytes(degree + 1, KEY_BYTES)},
+            "unmask", tuple(agreed), {"shares": _bytes(width + 1, KEY_BYTES)},
             _dense("signatures", SIGNATURE_BYTES, names, signatures),
         )  # fmt: skip
 
@@ -106,15 +129,15 @@ class SecAgg:
                 if holder in adverts:
                     shares[holder][holders(holder, around[holder])[site]] = row.tobytes()
         plus, minus = _left_over(terms, around, adverts, set(replies), shares)
-        add_masks(total, plus, minus)
-        return Summed(layout.decode(total), tuple(replies))
+        group.add_masks(total, plus, minus)
+        return Summed(group.decode(total, len(replies)), tuple(replies))
 
     # ---------------------------------------------------------------- the site
 
     def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
         """One of the four steps, in their order."""
         if step == REPLY:
-            return self._masked(party, Layout.of(fields, len(party.terms.roster)).encode(reply))
+            return self._masked(party, self.join_group(fields, party), reply)
         steps = {"shares": self._shares, "agree": self._agree, "unmask": self._unmask}
         if step not in steps:
             raise ProtocolError("secagg.order", "secure aggregation has no such step", field=step)
@@ -125,11 +148,13 @@ class SecAgg:
         terms, state = party.terms, party.state
         around = neighbours(terms)[party.name]
         others = _listed(party, "sessions", SIGNED_BYTES, around)
+        if _at(state) >= [terms.round, terms.attempt]:
+            raise _out_of_order()
         private, seed, needed = Session.fresh(), fresh_key(), _needed(around, terms)
         _enough(len(others) + 1, needed, "shares")
         number = holders(party.name, around)
         split = shamir.split(private + seed, needed, [number[site] for site in (party.name, *others)])
-        state.clear()
+        _forget(state, {"signed"} if _at(state)[:1] == [terms.round] else set())
         state |= {"at": np.array([terms.round, terms.attempt]), "own": _array(split[number[party.name]])}
         state |= {"private": _array(private), "seed": _array(seed)}
         envelopes = {}
@@ -142,7 +167,7 @@ class SecAgg:
         advert = public + party.sign(_advert(terms, party.name, public))
         return {"advert": _array(advert), "sealed": _dense("sealed", SEALED_BYTES, around, envelopes)["sealed"]}
 
-    def _masked(self, party: Party, vectors: dict[str, Array]) -> dict[str, Array]:
+    def _masked(self, party: Party, group: Group, reply: Mapping[str, Array]) -> dict[str, Array]:
         """The vector under its masks; keeps what neighbours shared, and forgets its own secrets."""
         terms, state = party.terms, _begun(party, "private")
         around = neighbours(terms)[party.name]
@@ -161,7 +186,7 @@ class SecAgg:
             state[f"share {other}"] = _array(party.session.unseal(session.tobytes(), about, envelopes[other].tobytes()))
             mask = Stream(key.pair(public[:KEY_BYTES], *terms.label("mask")))
             (plus if party.name < other else minus).append(mask)
-        add_masks(vectors, plus, minus)
+        vectors = group.masked(reply, plus, minus)
         for name in ("private", "seed", *(name for name in state if name.startswith("session "))):
             del state[name]
         return vectors
@@ -169,7 +194,7 @@ class SecAgg:
     def _agree(self, party: Party) -> dict[str, Array]:
         """Sign the one set of survivors."""
         terms, state = party.terms, _begun(party, "own")
-        if "private" in state or "survivors" in state:
+        if "private" in state or "agreed" in state:
             raise ProtocolError("secagg.order", "survivors are agreed on once, after the replies", field="agree")
         told = party.sent.get("survivors")
         if told is None or told.shape != (len(terms.roster),) or told.dtype != np.uint8:
@@ -184,24 +209,29 @@ class SecAgg:
             )  # fmt: skip
         needed = max(threshold(len(terms.roster), terms.choice.adversary), terms.min_sites)
         _enough(len(survivors), needed, "agree")
+        if "signed" in state and not np.array_equal(state["signed"] != 0, told != 0):
+            raise DisclosureError(
+                "disclosure.cohort-differencing", "another set of survivors was signed before in this round",
+                field="agree", remedy="bring the same sites back, or submit again",
+            )  # fmt: skip
         party.commit(survivors)
-        state["survivors"] = told.copy()
+        state["signed"] = state["agreed"] = told.copy()
         return {"signature": _array(party.sign(_survivors(terms, told)))}
 
     def _unmask(self, party: Party) -> dict[str, Array]:
         """One share for every neighbour, after enough sites signed the same set."""
-        terms, state = party.terms, _begun(party, "survivors")
+        terms, state = party.terms, _begun(party, "agreed")
         signatures = _listed(party, "signatures", SIGNATURE_BYTES, tuple(terms.roster))
-        survivors = {site for site, there in zip(terms.roster, state["survivors"], strict=True) if there}
+        survivors = {site for site, there in zip(terms.roster, state["agreed"], strict=True) if there}
         _enough(len(signatures.keys() & survivors), threshold(len(terms.roster), terms.choice.adversary), "unmask")
-        about = _survivors(terms, state["survivors"])
+        about = _survivors(terms, state["agreed"])
         for site, signature in signatures.items():
             _check_signed(terms, site, signature.tobytes(), about)
         shares = [state["own"][KEY_BYTES:]]
         for other in neighbours(terms)[party.name]:
             share = state.get(f"share {other}", np.zeros(SHARE_BYTES, np.uint8))
             shares.append(share[KEY_BYTES:] if other in survivors else share[:KEY_BYTES])
-        state.clear()
+        _forget(state, {"at", "signed"})
         return {"shares": np.stack(shares)}
 
 
@@ -248,19 +278,6 @@ def _enough(there: int, needed: int, step: str) -> None:
             "secagg.too-few", f"{there} sites are left, and {needed} are needed: the round ends, and nothing was told",
             field=step, remedy="bring the sites back and submit again",
         )  # fmt: skip
-
-
-def _added_up(layout: Layout, replies: Replies) -> dict[str, Array]:
-    """The masked vectors' sum, read piece by piece."""
-    total = {name: np.zeros([n or 0 for n in field.shape], field.dtype) for name, field in layout.declared().items()}
-    for received in replies.values():
-        for name, vector in total.items():
-            for offset, piece in received.pieces(name):
-                there = vector.reshape(-1)[offset : offset + piece.size]
-                if vector.ndim == 2:
-                    there, piece = there.reshape(-1, 2), piece.reshape(-1, 2)
-                add_to(there, piece)
-    return total
 
 
 def _left_over(
@@ -329,12 +346,27 @@ def _listed(party: Party, name: str, size: int, order: Sequence[str]) -> dict[st
     return {site: rows[i] for i, site in enumerate(order) if there[i]}
 
 
+def _at(state: Mapping[str, Array]) -> list[int]:
+    """The round and attempt that a state is of."""
+    return state["at"].tolist() if "at" in state else []
+
+
+def _forget(state: dict[str, Array], but: set[str]) -> None:
+    """What is a round's in a site's state, except for some."""
+    for name in [name for name in state if name not in but and not name.startswith(OF_RUN)]:
+        del state[name]
+
+
 def _begun(party: Party, has: str) -> dict[str, Array]:
     """The state of this very round and attempt; raises ProtocolError for a step out of order."""
     state, terms = party.state, party.terms
-    if has not in state or state["at"].tolist() != [terms.round, terms.attempt]:
-        raise ProtocolError(
-            "secagg.order", "a step of secure aggregation came out of order", field="step",
-            remedy="the coordinator does not keep the protocol, or the round was begun anew: submit again",
-        )  # fmt: skip
+    if has not in state or _at(state) != [terms.round, terms.attempt]:
+        raise _out_of_order()
     return state
+
+
+def _out_of_order() -> ProtocolError:
+    return ProtocolError(
+        "secagg.order", "a step of secure aggregation came out of order", field="step",
+        remedy="the coordinator does not keep the protocol, or the round was begun anew: submit again",
+    )  # fmt: skip

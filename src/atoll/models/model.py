@@ -1,0 +1,182 @@
+"""The model port: what every learner, protection test and evaluation needs of a model, and no more.
+
+A model is a *kind* with settings and one flat vector of weights. A kind is the name of the file that holds it
+(``atoll.models.cnn`` is imported when a plan says ``kind: cnn``), so that what needs PyTorch is imported only where
+it is used; kinds that other packages register are found too.
+
+    made = make({"kind": "cnn", "image": "image", "target": "pneumonia"}, schema)
+    weights = made.initial(seed)
+    loss, gradient = made.loss_and_gradient(weights, made.examples(table).take(rows))
+    made.with_weights(weights - 0.1 * gradient).predict(table)
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from atoll.contract.errors import PlanError, SchemaError
+from atoll.contract.program import ProgramParams, TableView
+from atoll.contract.schema import TableSchema
+from atoll.contract.settings import validate
+from atoll.contract.wire import Array, Json
+
+Floats = NDArray[np.float64]
+Family = Literal["linear", "logistic", "poisson"]
+ModelTask = Literal["binary", "regression", "count"]
+
+
+class Settings(BaseModel):
+    """Base of a kind's settings: everything but the weights; frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Rows to learn from. inputs: one array for each input of the model, [num_rows, …]; labels: [num_rows]."""
+
+    inputs: tuple[NDArray[Any], ...]
+    labels: Floats
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: NDArray[Any] | slice) -> Examples:
+        """Some of the rows, in the order given."""
+        return Examples(tuple(array[rows] for array in self.inputs), self.labels[rows])
+
+
+class Model(Protocol):
+    """One model. Weights are a flat float64 vector, [num_weights]; gradients are alike.
+
+    Its class also has ``Spec``, its kind's :class:`Settings`, and ``of(spec, schema)``, which makes it unfitted, with
+    all weights zero, and raises PlanError when it does not fit the schema.
+    """
+
+    @property
+    def target(self) -> str:
+        """The label's column."""
+
+    @property
+    def task(self) -> ModelTask:
+        """What it predicts: a probability, a value or a count."""
+
+    @property
+    def weights(self) -> Floats: ...
+
+    def initial(self, seed: int) -> Floats:
+        """Weights to begin with: a function of the plan's seed, which everybody knows."""
+
+    def with_weights(self, weights: Floats) -> Self:
+        """The same model with other weights."""
+
+    def spec(self) -> dict[str, Json]:
+        """Everything but the weights, as JSON; :func:`make` is the inverse."""
+
+    def arrays(self) -> dict[str, Array]:
+        """What is stored of a fitted model: "weights", and what its reader needs beside the spec."""
+
+    def examples(self, table: TableView) -> Examples:
+        """Inputs and labels of all rows; raises SchemaError where cells are missing."""
+
+    def predict(self, table: TableView) -> Floats:
+        """Predicted mean of every row: probability, count or value, [num_rows]."""
+
+    def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
+        """Mean loss over *batch* (not empty) and its gradient."""
+
+    def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
+        """(Σ of each example's gradient, clipped to an L2 norm; how many were clipped; Σ of losses)."""
+
+
+KINDS: dict[str, type[Any]] = {}
+M = TypeVar("M", bound=type[Any])
+
+
+def model(cls: M) -> M:
+    """Register a class as the kind that its Spec's ``kind`` is by default."""
+    KINDS[cls.Spec.model_fields["kind"].default] = cls
+    return cls
+
+
+def find(kind: str) -> type[Any]:
+    """The class of a kind. Raises PlanError when there is none, or when what it needs is not installed."""
+    name = f"{__package__}.{kind}"
+    if kind not in KINDS and kind.isidentifier() and importlib.util.find_spec(name):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "torch":
+                raise
+            raise PlanError(
+                "model.no-torch", f"models of kind {kind!r} need PyTorch, which is not installed here",
+                field="model.kind", remedy='pip install "atoll[torch]"',
+            ) from None  # fmt: skip
+    if kind not in KINDS:
+        raise PlanError("model.unknown", f"there is no model of kind {kind!r}", field="model.kind",
+                        remedy="docs/plan.md lists the kinds")  # fmt: skip
+    return KINDS[kind]
+
+
+def make(spec: Mapping[str, Json], schema: TableSchema) -> Model:
+    """The unfitted model that *spec* describes; raises PlanError when it is malformed or does not fit the schema."""
+    cls = find(str(spec.get("kind", "")))
+    made: Model = cls.of(validate(cls.Spec, dict(spec), "model"), schema)
+    return made
+
+
+def from_spec(spec: Mapping[str, Json], schema: TableSchema, arrays: Mapping[str, Array]) -> Model:
+    """A fitted model, as stored; raises PlanError when spec or weights do not fit."""
+    made = make(spec, schema)
+    weights = arrays.get("weights")
+    if weights is None or weights.shape != made.weights.shape:
+        raise PlanError("model.shape", "the weights do not fit the model", field="weights")
+    return made.with_weights(np.asarray(weights, np.float64))
+
+
+class LearnerParams(ProgramParams):
+    """What a learner learns: the target, and either a linear *family* of *features* or another *model*
+    ``{kind: …}`` with the settings of its kind."""
+
+    target: str
+    family: Family | None = None
+    features: tuple[str, ...] = ()
+    model: dict[str, Json] | None = None
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if (self.model is None) == (self.family is None and not self.features):
+            raise ValueError("give either family and features, or model")
+        if self.model is None and (self.family is None or not self.features):
+            raise ValueError("a linear model needs a family and at least one feature")
+        if self.model is not None and "target" in self.model:
+            raise ValueError("the target is a parameter of the program, not of the model")
+        return self
+
+    def unfitted(self, schema: TableSchema) -> Model:
+        """The model before any fitting; raises PlanError."""
+        if self.model is not None:
+            return make({**self.model, "target": self.target}, schema)
+        spec = {"kind": "linear", "family": self.family, "features": list(self.features), "target": self.target}
+        return make(spec, schema)
+
+
+def missing(names: list[str]) -> SchemaError:
+    """The one error for missing cells in a model's columns."""
+    return SchemaError(
+        "schema.missing",
+        "a model's columns have missing cells",
+        field=", ".join(names),
+        remedy="impute them in the recipe, or leave them out",
+    )

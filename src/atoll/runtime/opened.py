@@ -1,0 +1,103 @@
+"""A run as a site's process knows it: what was announced and approved, and what follows from that alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from atoll.contract.plan import Plan
+from atoll.contract.program import Program, build
+from atoll.contract.protection import Protection, Terms
+from atoll.contract.rounds import Field, TaskId
+from atoll.contract.wire import Array, Json, Message, canonical_json
+from atoll.crypto.identity import Identity
+from atoll.crypto.prg import Stream, derive
+from atoll.crypto.session import Session
+from atoll.data.site_data import SiteData
+from atoll.data.table import Table
+from atoll.runtime.budget import Charge
+from atoll.runtime.egress import Cost, Noised
+from atoll.runtime.journal import PROTECTION, Journal
+from atoll.runtime.memory import Query, query_key
+from atoll.runtime.noise import noise_of, norms_of
+from atoll.runtime.party import Own, View
+from atoll.runtime.policy import Policy
+from atoll.runtime.study import Permitted
+
+
+class Opened:
+    """The journal holds what must survive."""
+
+    def __init__(
+        self, run: str, identity: Identity, journal: Journal, policy: Policy, read: Callable[[Plan], SiteData]
+    ) -> None:
+        """read: the site's own table for a plan. Raises PlanError where the plan's privacy cannot be kept."""
+        _, announced, _ = journal.run(run) or ("", {}, "")
+        self.plan = Plan.from_json(announced["plan"])
+        self.hash, self.roster_hash = str(announced["hash"]), str(announced["roster_hash"])
+        self.roster = {site: bytes.fromhex(key) for site, key in sorted(announced["roster"].items())}
+        self.noise = noise_of(self.plan, len(self.roster))
+        self._identity, self._journal, self._policy, self._read = identity, journal, policy, read
+        self._secret = journal.session(run)
+        self._permitted = Permitted(self.plan)
+        self._program: dict[bytes, Program] = {}
+        self._data: SiteData | None = None
+
+    def program(self, name: str, params: Json) -> Program:
+        """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
+        key = canonical_json([name, params])
+        if key not in self._program:
+            made = build(name, params)
+            self._permitted.check(made)
+            self._policy.check_program(made.name, made.version)
+            self._program = {key: made}
+        return self._program[key]
+
+    def tables(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
+        """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
+        if self._data is None:
+            self._data = self._read(self.plan)
+        return self._data.parts(view)
+
+    def party(self, task: TaskId, sent: Mapping[str, Array], protection: Protection, meta: Mapping[str, Json]) -> Own:
+        """What *protection* may use for a task with this *meta*."""
+        least, choice, question = self.plan.cohort.min_sites, self.plan.protection, str(meta.get("question", ""))
+        terms = Terms(task.run, task.round, task.attempt, self.roster, self.roster_hash, least, choice, question)
+        state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
+        me = self._identity
+        return Own(me.name, terms, Session(self._secret), sent, state, me.sign, self._policy)
+
+    def random(self, number: int, purpose: str) -> Callable[[str], Stream]:
+        """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""
+        return partial(_stream, self._secret, number, purpose)
+
+    def remembered(self, message: Message, view: View, protection: Protection) -> Query | None:
+        """What the journal is to remember of an exact answer, so that no other is its near repeat."""
+        if self._policy.repeats == "allow" or self.noise is not None:
+            return None
+        rows = np.stack([view.table.sketch, view.holdout.sketch])
+        cohort = frozenset[str]() if protection.reveals else frozenset(self.roster)
+        key = query_key(self.plan.dataset, message)
+        return Query(key, rows, cohort, self._policy.min_group_size, self._policy.min_sites)
+
+    def cost(
+        self, task: TaskId, program: Program, name: str, view: View, fields: Mapping[str, Field],
+        sent: Mapping[str, Array], question: str,
+    ) -> Cost:  # fmt: skip
+        """What an answer costs the data set's budget, and the noise that makes it cost no more."""
+        noised, epsilon = None, math.inf
+        if self.noise is not None:
+            norms = norms_of(self.plan, program, name, view.table.schema, fields, sent)
+            fitted = self.noise.fitted(task.round, fields, norms)
+            noised = Noised(self.noise, *fitted, self.random(task.round, question))
+            epsilon = self.noise.costs[task.round]
+        dataset = self.plan.dataset
+        return Cost(Charge(task.run, task.round, dataset, epsilon, self._policy.budget(dataset), question), noised)
+
+
+def _stream(secret: bytes, number: int, purpose: str, label: str) -> Stream:
+    return Stream(derive(secret, "site", number, purpose, label))
