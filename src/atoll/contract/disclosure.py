@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.contract.errors import ProtocolError
+from atoll.contract.errors import DisclosureError, ProtocolError
 
 TOP = 3
 """The largest n of a dominance rule: so many contributions of a cell are looked at."""
@@ -163,3 +163,13 @@ def judged(reply: Mapping[str, Any], tables: Sequence[Cells], rule: Rule) -> dic
                 array[mask] = 0
                 told[name] = array
     return told
+
+
+def check_groups(arrays: Mapping[str, NDArray[Any]], groups: frozenset[str], min_group_size: int) -> None:
+    """Raise DisclosureError where fewer than *min_group_size* people, and more than none, are in a group."""
+    for name in groups & arrays.keys():
+        if ((arrays[name] > 0) & (arrays[name] < min_group_size)).any():
+            raise DisclosureError(
+                "disclosure.small-group", f"fewer than {min_group_size} people are behind a released count",
+                field=name, remedy="use coarser groups or more rows; the site's policy sets min_group_size",
+            )  # fmt: skip

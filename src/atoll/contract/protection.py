@@ -171,7 +171,6 @@ class Protection(Protocol):
         """Site half: what leaves in *step*. reply: in step "reply", what the handler answered to the round's
         *fields*, checked and clipped; else empty."""
 
-
     def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
         """About what a Sum of *fields* over *num_sites* costs, by speeds measured here and now."""
 

@@ -348,3 +348,18 @@ def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str
         declared.check(name, ArraySpec(name, declared.dtype, array.shape))
         arrays[name] = array
     return arrays
+
+
+def clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:
+    """Every element within its declared bound, and how many were not."""
+    clipped = 0
+    bounded: dict[str, Array] = {}
+    for name, array in arrays.items():
+        bound = fields[name].bound
+        if bound is not None and array.dtype.kind in "fi" and array.size:
+            beyond = int(((array > bound) | (array < -bound)).sum())  # abs(-2**63) is negative
+            if beyond:
+                array = np.clip(array, -bound, bound).astype(array.dtype)
+            clipped += beyond
+        bounded[name] = array
+    return bounded, clipped

@@ -13,14 +13,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.protection import Exchange, Replies, Terms, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
-from atoll.runtime.courier import Courier, Flights, all_of, described, session_of, unbroken
-from atoll.runtime.egress import check_groups
+from atoll.runtime.courier import Courier, Flights, all_of, announce, described, session_of, unbroken
 from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
@@ -257,25 +257,9 @@ class _Run:
         async with self.owner.ledger_lock:
             body = {"run": self.run, "plan": self.plan.hash, "study": self.plan.name, "roster": self.roster}
             self.owner.ledger.record("opened", body)
-        waiting: set[str] = set()
-
-        async def one(site: str) -> Incoming | AtollError:
-            def tell(note: Mapping[str, Json]) -> None:
-                if "waiting" in note and site not in waiting:
-                    waiting.add(site)
-                    self.tell(waiting=sorted(waiting))
-                    self.owner.store.set_status(self.run, "running", f"awaiting approval: {', '.join(sorted(waiting))}")
-
-            try:
-                return await self.courier.announce(site, tell)
-            except AtollError as error:
-                return error.at(site=site, step="open")
-            finally:
-                waiting.discard(site)
-
-        refusals = []
-        answers = await all_of(one(site) for site in self.sites)
+        answers = await announce(self.courier, self.sites, self.waiting)
         self.owner.store.set_status(self.run, "running")
+        refusals = []
         for site, answer in zip(self.sites, answers, strict=True):
             if isinstance(answer, TransportError):
                 self.dropped(site, answer)
@@ -287,6 +271,11 @@ class _Run:
                 if isinstance(rows := answer.meta.get("rows"), int):
                     self.rows[site] = rows
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
+
+    def waiting(self, sites: list[str]) -> None:
+        """Tell who must still ask their operator."""
+        self.tell(waiting=sites)
+        self.owner.store.set_status(self.run, "running", f"awaiting approval: {', '.join(sites)}")
 
     def result(self, outcome: Mapping[str, Any]) -> tuple[dict[str, Json], dict[str, Array]]:
         """The result and the model, as they are stored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from atoll.contract.errors import AtollError, ProtocolError
@@ -75,6 +75,29 @@ class Courier:
         patience = min(self._plan.run.deadline_s, 10.0)
         check = expect("closed", site=site, step="close", trace=self._run)
         await self._transport.request(site, Message("close", meta), patience, check)
+
+
+async def announce(
+    courier: Courier, sites: Sequence[str], waiting: Callable[[list[str]], None]
+) -> list[Incoming | AtollError]:
+    """Open the run at every site at once: its answer, or why there is none. waiting: told who must first ask
+    their operator, whenever that changes."""
+    there: set[str] = set()
+
+    async def one(site: str) -> Incoming | AtollError:
+        def tell(note: Mapping[str, Json]) -> None:
+            if "waiting" in note and site not in there:
+                there.add(site)
+                waiting(sorted(there))
+
+        try:
+            return await courier.announce(site, tell)
+        except AtollError as error:
+            return error.at(site=site, step="open")
+        finally:
+            there.discard(site)
+
+    return await all_of(one(site) for site in sites)
 
 
 class Flights:

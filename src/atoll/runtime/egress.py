@@ -16,13 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from atoll.contract.disclosure import Rule, judged
-from atoll.contract.errors import DisclosureError, PolicyError
+from atoll.contract.disclosure import Rule, check_groups, judged
+from atoll.contract.errors import PolicyError
 from atoll.contract.program import Handler
 from atoll.contract.protection import REPLY, Protection
-from atoll.contract.rounds import Field, TaskId, as_arrays
+from atoll.contract.rounds import Field, TaskId, as_arrays, clip
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.crypto.prg import Stream
 from atoll.privacy.dp.release import Noise
@@ -101,12 +99,12 @@ class EgressGate:
             declared.check_finite(name, arrays[name], undefined=asked.handler.reduce == "gather")
         if shown:  # else the coordinator half checks the cohort's total
             check_groups(arrays, asked.handler.groups, self._policy.min_group_size)
-        arrays, clipped = _clip(arrays, asked.fields)
+        arrays, clipped = clip(arrays, asked.fields)
         fields = asked.fields
         if noised is not None:
             arrays = noised.noise.add(arrays, noised.fields, noised.scales, noised.random)
             fields = noised.fields
-            arrays, _ = _clip(arrays, fields)
+            arrays, _ = clip(arrays, fields)
         arrays = protection.answer(REPLY, party, arrays, fields)
         party.replied()
         if clipped and not shown:  # how many is the site's own secret then
@@ -153,34 +151,9 @@ class EgressGate:
         )
 
 
-def check_groups(arrays: Mapping[str, Array], groups: frozenset[str], min_group_size: int) -> None:
-    """Raise DisclosureError where fewer than *min_group_size* people, and more than none, are in a group."""
-    for name in groups & arrays.keys():
-        if ((arrays[name] > 0) & (arrays[name] < min_group_size)).any():
-            raise DisclosureError(
-                "disclosure.small-group", f"fewer than {min_group_size} people are behind a released count",
-                field=name, remedy="use coarser groups or more rows; the site's policy sets min_group_size",
-            )  # fmt: skip
-
-
 def too_large() -> PolicyError:
     """The one error for a release beyond the policy's max_message_bytes."""
     return PolicyError(
         "policy.too-large", "the release is larger than the policy allows", field="max_message_bytes",
         remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
     )  # fmt: skip
-
-
-def _clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:
-    """Every element within its declared bound, and how many were not."""
-    clipped = 0
-    bounded: dict[str, Array] = {}
-    for name, array in arrays.items():
-        bound = fields[name].bound
-        if bound is not None and array.dtype.kind in "fi" and array.size:
-            beyond = int(((array > bound) | (array < -bound)).sum())  # abs(-2**63) is negative
-            if beyond:
-                array = np.clip(array, -bound, bound).astype(array.dtype)
-            clipped += beyond
-        bounded[name] = array
-    return bounded, clipped

@@ -44,8 +44,8 @@ class Noise:
         "dp.gaussian-shares"."""
         if shared and privacy.mechanism == "gaussian":
             raise PlanError(
-                "dp.gaussian-shares", "rounded shares of continuous noise have no proven sum", field="privacy.mechanism",
-                remedy="choose discrete_gaussian",
+                "dp.gaussian-shares", "rounded shares of continuous noise have no proven sum",
+                field="privacy.mechanism", remedy="choose discrete_gaussian",
             )  # fmt: skip
         self.privacy, self.rates = privacy, tuple(rates)
         self.shares = honest(survivors, privacy.colluding) if shared else 1
@@ -98,8 +98,8 @@ class Noise:
     def fitted(
         self, number: int, fields: Mapping[str, Field], norms: Mapping[str, Norms]
     ) -> tuple[dict[str, Field], dict[str, float]]:
-        """For round *number*: its *fields* with room for noise in their bounds, and the whole noise's scale for each, in
-        steps of its grid.
+        """For round *number*: its *fields* with room for noise in their bounds, and the whole noise's scale for each,
+        in steps of its grid.
 
         norms: of one unit. A grid much finer than the noise is made coarser: to GRID steps a scale. Raises PlanError
         where a field has no step, PrivacyBudgetError beyond the planned rounds.

@@ -18,7 +18,7 @@ from atoll.contract.rounds import Field
 from atoll.contract.wire import Array
 from atoll.crypto.identity import SIGNATURE_BYTES, verify
 from atoll.crypto.prg import label
-from atoll.privacy.secagg.masking import OF_RUN
+from atoll.privacy.secagg.agreement import OF_RUN
 
 KEY, DECRYPT = "key", "decrypt"
 """The steps that a key holder answers."""
