@@ -11,6 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from atoll.contract.rounds import (
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Message, encode_bytes
 from atoll.crypto.identity import Identity, verify
+from atoll.crypto.prg import Stream, derive
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
@@ -314,7 +316,8 @@ def _drive(
             replies = {}
             for name in asked:
                 sent = {k: np.asarray(v) for k, v in {**item.send, **item.send_to.get(name, {})}.items()}
-                task = Task(TaskId("0" * 32, number, 0, "reply", name), sent, (number, *name.encode()))
+                secret = partial(_secret, number, name)
+                task = Task(TaskId("0" * 32, number, 0, "reply", name), sent, (number, *name.encode()), secret)
                 handler = handler_of(made, item.name)
                 reply = judged(handler.answer(made, desks[name], task), handler.cells, rule)
                 replies[name] = as_arrays(reply, item.reply)
@@ -330,6 +333,10 @@ def _drive(
                 in_flight += [Arrival(name, number, reply) for name, reply in replies.items()]
                 value = in_flight.pop(0)
             driven.reduced.append(value)
+
+
+def _secret(number: int, site: str, label: str) -> Stream:
+    return Stream(derive(b"\0" * 32, "test", number, site, label))
 
 
 def _within_bounds(asked: Round, reply: Mapping[str, np.ndarray]) -> None:

@@ -139,11 +139,11 @@ def test_masked_encrypted_sums_come_back(drawn: tuple[Packing, list[int]], sites
 def test_one_site_short_says_nothing() -> None:
     public, n = key().public, int(key().public.n)
     packing = Packing(public.bits, 34, 3)
-    plain = packing.pack(np.arange(100, dtype=np.uint64))
+    plain = packing.pack(np.arange(1500, dtype=np.uint64))
     masked = [add_mod(plain, mask, n) for mask in zero_sum(3, len(plain), n)]
     total = key().decrypt(public.add(public.encrypt(masked[0]), public.encrypt(masked[1])))
     with pytest.raises(ProtocolError, match="masks did not cancel"):
-        packing.unpack(total, 100)
+        packing.unpack(total, 1500)
 
 
 def test_masks_are_uniform_modulo_n_and_repeatable() -> None:

@@ -127,6 +127,18 @@ def test_a_clipped_gradient_never_exceeds_the_norm() -> None:
         assert clipped == 1
 
 
+@pytest.mark.parametrize("shape", [(12, 10), (12, 10, 3)])
+def test_standardised_images_do_not_show_the_scanner(shape: tuple[int, ...]) -> None:
+    table = table_of(shape=shape)
+    table["image"][:] //= 3
+    model = cnn(table, standardise=True)
+    model = model.with_weights(model.initial(0))
+    darker = Table(table.schema, {**table.columns, "image": 2 * table["image"] + 20})
+    assert np.allclose(model.predict(darker), model.predict(table), atol=0.02)
+    [tensor] = model.tensors((np.full((2, *shape), 7, np.uint8),))
+    assert (tensor == 0).all()
+
+
 @pytest.mark.parametrize("task", TARGETS)
 def test_the_gradient_is_the_losss_derivative(task: str) -> None:
     table = table_of(task)

@@ -68,6 +68,8 @@ EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("horizontal.glm", _learner("poisson", "count"), None),
     ("horizontal.fedavg", _learner("logistic", "binary", rounds=4, batch_size=16, checkpoint_every=2), None),
     ("horizontal.fedavg", _learner("poisson", "count", rounds=3, learning_rate=0.01), None),
+    ("horizontal.dpsgd", _learner("logistic", "binary", rounds=3, expected_rows=150, sampling_rate=1.0), None),
+    ("horizontal.dpftrl", _learner("logistic", "binary", rounds=3, expected_rows=150, time="b"), None),
 ]
 INSTALLED = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("atoll."))
 every_example = pytest.mark.parametrize(
@@ -314,7 +316,8 @@ def test_it_runs_with_noise_under_every_protection(
     parts = [part for part in (made, *made.parts) if part.name != "statistics.several"]
     bounded = all(h.record for part in parts for h in part.handlers.values() if h.reduce == "sum")  # type: ignore[attr-defined]
     privacy = {"unit": "record" if bounded else "site", "epsilon": 20.0, "delta": 1e-5}
-    plan = federation.plan(name, params, tables, run=run, protection=protection, privacy=privacy)
+    cohort = {"min_sites": len(tables)}
+    plan = federation.plan(name, params, tables, run=run, protection=protection, privacy=privacy, cohort=cohort)
     outcome = federation.run(plan, tables)
     assert outcome["result"] is not None
     charged = [body["epsilon"] for body in federation.releases() if body["step"] == "reply"]

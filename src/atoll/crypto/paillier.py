@@ -136,9 +136,10 @@ class PublicKey:
 
     @staticmethod
     def from_bytes(data: bytes) -> PublicKey:
-        """A key that another party sent; raises ProtocolError unless it is a sound one of 2,048 … 8,192 bits."""
+        """A key that another party sent; raises ProtocolError unless it is a sound one of 2,048 … 8,192 bits,
+        a multiple of 16."""
         size = len(data) // 3
-        if len(data) % 3 or not MIN_BITS <= 8 * size <= MAX_BITS:
+        if len(data) % 6 or not MIN_BITS <= 8 * size <= MAX_BITS:
             raise _no_key(f"a public key is not of {MIN_BITS} to {MAX_BITS} bits")
         n = mpz.from_bytes(data[:size], "little")
         if n.bit_length() != 8 * size:

@@ -30,6 +30,7 @@ class Session:
     def __init__(self, private: bytes) -> None:
         self._key = X25519PrivateKey.from_private_bytes(private)
         self.public = self._key.public_key().public_bytes_raw()
+        self._agreed: dict[bytes, bytes] = {}
 
     @staticmethod
     def fresh() -> bytes:
@@ -39,12 +40,13 @@ class Session:
     def pair(self, other: bytes, *purpose: str | int | bytes) -> bytes:
         """A 32-byte key that only this party and the holder of *other* have. Raises IntegrityError for a
         public key of low order."""
-        try:
-            shared = self._key.exchange(X25519PublicKey.from_public_bytes(other))
-        except ValueError:
-            raise IntegrityError("session.key", "a public key is not one", field="session") from None
+        if other not in self._agreed:  # every round seals for the same others
+            try:
+                self._agreed[other] = self._key.exchange(X25519PublicKey.from_public_bytes(other))
+            except ValueError:
+                raise IntegrityError("session.key", "a public key is not one", field="session") from None
         both = sorted((self.public, other))
-        return derive(shared, "pair", *both, *purpose)
+        return derive(self._agreed[other], "pair", *both, *purpose)
 
     def seal(self, receiver: bytes, about: bytes, data: bytes) -> bytes:
         """*data* for the holder of *receiver* alone, bound to *about*: SEAL_BYTES longer."""

@@ -1,6 +1,7 @@
 """A small convolutional network for images: convolutions of 3 × 3 with ReLU and pooling, then one hidden layer.
 
-No layer mixes rows, so that each example has a gradient of its own. Pixels are mapped from [0, 255] to [-2, 2].
+No layer mixes rows, so that each example has a gradient of its own. Pixels are mapped from [0, 255] to [-2, 2]; or,
+with ``standardise``, each image to mean 0 and standard deviation 1, which cancels a scanner's brightness and contrast.
 
 Source: LeCun et al. 1998, Gradient-Based Learning Applied to Document Recognition (the shape of the network).
 """
@@ -21,15 +22,27 @@ from atoll.models import model as port
 from atoll.models.model import model
 from atoll.models.network import Network
 
+FAINT = 0.01
+"""Added to the standard deviation of an image's pixels, in [0, 2], so that an empty image stays empty."""
+
 
 class CnnSpec(port.Settings):
     """image: the column. channels: of each convolution; each halves height and width. hidden: units before the
-    output."""
+    output. standardise: each image on its own."""
 
     kind: Literal["cnn"] = "cnn"
     image: str
     channels: tuple[int, ...] = Field(default=(8, 16), min_length=1, max_length=8)
     hidden: int = Field(default=32, ge=1, le=4096)
+    standardise: bool = False
+
+
+class ChannelsLast(nn.Module):
+    """Has no effect but on the order in memory, in which a CPU finds maxima several times as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same values."""
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 @model
@@ -40,7 +53,7 @@ class Cnn(Network):
     settings: CnnSpec
 
     def module(self) -> nn.Module:
-        """Convolution, ReLU and 2 × 2 maximum for each of ``channels``; hidden layer; output."""
+        """Convolution, 2 × 2 maximum and ReLU for each of ``channels``; hidden layer; output."""
         column = self.schema.columns.get(self.settings.image)
         if column is None or column.shape is None or column.role == "ignore":
             raise PlanError(
@@ -55,7 +68,7 @@ class Cnn(Network):
             )  # fmt: skip
         layers: list[nn.Module] = []
         for channels in self.settings.channels:
-            layers += [nn.Conv2d(depth, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(depth, channels, 3, padding=1), ChannelsLast(), nn.MaxPool2d(2), nn.ReLU()]
             height, width, depth = height // 2, width // 2, channels
         layers += [nn.Flatten(), nn.Linear(depth * height * width, self.settings.hidden), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(self.settings.hidden, 1))
@@ -65,6 +78,10 @@ class Cnn(Network):
         return (table[self.settings.image],)
 
     def tensors(self, inputs: tuple[Array, ...]) -> tuple[Tensor, ...]:
-        """Pixels in [-2, 2], [num_rows, channels, height, width]."""
+        """Pixels in [-2, 2], or standardised, [num_rows, channels, height, width]."""
         images = torch.from_numpy(np.ascontiguousarray(inputs[0])).float().mul_(4 / 255).sub_(2)
+        if self.settings.standardise:
+            places = tuple(range(1, images.ndim))
+            spread, middle = torch.std_mean(images, places, correction=0, keepdim=True)
+            images.sub_(middle).div_(spread + FAINT)
         return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous(),)

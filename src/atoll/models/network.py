@@ -32,7 +32,7 @@ from atoll.models.linear import feature_bounds
 from atoll.models.model import Examples, Floats, ModelTask, Settings, missing
 
 torch.set_num_threads(1)  # as BLAS: the same bits everywhere, and sites of one process work side by side
-AT_ONCE = 1 << 19
+AT_ONCE = 1 << 17
 """Input values in one piece of a batch whose gradients are clipped: activations stay near the cache."""
 SLACK = 1 + 1e-5
 """Norms in float32 are off by less than this factor: clipped gradients keep to the norm for certain."""
@@ -214,9 +214,7 @@ class _Layer:
 
     def __init__(self, layer: nn.Module, ins: Tensor, slopes: Tensor) -> None:
         if isinstance(layer, nn.Conv2d):
-            how: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            a = F.unfold(ins, *how).transpose(1, 2)
-            g = slopes.flatten(2).transpose(1, 2)
+            a, g = _windows(layer, ins), slopes.flatten(2).transpose(1, 2)
         else:
             a, g = (t.reshape(len(t), -1, t.shape[-1]) for t in (ins, slopes))
         self.layer, self.a, self.g = layer, a, g  # [num_rows, places, inputs], [num_rows, places, outputs]
@@ -240,10 +238,27 @@ class _Layer:
             found = factor @ self.each
         else:
             found = (self.g * factor[:, None, None]).flatten(0, 1).T @ self.a.flatten(0, 1)
-        yield weight, found.reshape(weight.shape)
+        if isinstance(self.layer, nn.Conv2d):
+            outputs, inputs, *kernel = weight.shape
+            yield weight, found.reshape(outputs, *kernel, inputs).permute(0, 3, 1, 2)
+        else:
+            yield weight, found.reshape(weight.shape)
         if self.offsets is not None:
             bias: Any = self.layer.bias
             yield bias, factor @ self.offsets
+
+
+def _windows(layer: nn.Conv2d, ins: Tensor) -> Tensor:
+    """What the kernel sees at every place, [num_rows, places, kernel height · kernel width · inputs]: as F.unfold, in
+    another order, by views and one copy, several times as fast."""
+    padding: Any = layer.padding
+    found = F.pad(ins.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+    for axis, (size, spread, step) in enumerate(zip(layer.kernel_size, layer.dilation, layer.stride, strict=True), 1):
+        found = found.unfold(axis, spread * (size - 1) + 1, step)[..., ::spread]
+    num_rows, height, width, inputs = found.shape[:4]
+    if inputs == 1:  # whole rows of pixels at a time
+        return found.permute(0, 3, 4, 5, 1, 2).reshape(num_rows, -1, height * width).transpose(1, 2)
+    return found.permute(0, 1, 2, 4, 5, 3).reshape(num_rows, height * width, -1)
 
 
 @contextmanager

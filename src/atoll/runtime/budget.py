@@ -2,7 +2,8 @@
 
 A run reserves what its plan promises before anything leaves. Each release is charged in the transaction that stores
 it, so what was charged was released and the other way round, whatever is killed when. When the run ends, what it did
-not use is free again; what was sent is never given back. Exact releases (ε = ∞) draw on a quota of their own.
+not use is free again; what was sent is never given back. Exact releases (ε = ∞) draw on a quota of their own, and so
+do those that promise less than the budget's unit asks for (its unit was raised since): of that unit they hide nothing.
 
 Runs add up by basic composition, Σε and Σδ (Dwork & Roth 2014, Theorem 3.16); within a run composition is exact.
 """
@@ -27,6 +28,7 @@ CREATE TABLE IF NOT EXISTS reserved
 CREATE TABLE IF NOT EXISTS charged
     (run TEXT, round INTEGER, dataset TEXT NOT NULL, epsilon REAL, day TEXT NOT NULL, question TEXT NOT NULL,
      PRIMARY KEY (run, round));
+CREATE INDEX IF NOT EXISTS charged_exact ON charged (dataset, day) WHERE epsilon IS NULL;
 """
 
 
@@ -34,7 +36,7 @@ class Budget(BaseModel):
     """What one data set may cost. unit: of ε; a plan's unit may be a larger one, not a smaller. per: "year" counts
     the last 365 days, "total" everything. exact_releases: sums without noise; 0 lets none out. None: no limit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     unit: Unit = "record"
     epsilon: float | None = Field(default=10.0, ge=0)
@@ -69,17 +71,30 @@ class Spent:
     exact: int
 
 
-def spent(db: sqlite3.Connection, dataset: str, since: str) -> Spent:
-    """What counts against the budget from the day *since* on."""
+def spent(db: sqlite3.Connection, dataset: str, budget: Budget, today: dt.date) -> Spent:
+    """What counts against the *budget* today. A run counts from its last release on, an open one always."""
+    since, strength = budget.since(today), STRENGTH[budget.unit]
     rows = db.execute(
-        "SELECT r.epsilon, r.delta, r.open, (SELECT max(c.epsilon) FROM charged c WHERE c.run = r.run) FROM reserved r"
-        " WHERE r.dataset = ? AND (r.open OR r.day >= ?)",
-        (dataset, since),
+        "SELECT r.unit, r.epsilon, r.delta, r.open, max(c.epsilon), coalesce(max(c.day), r.day)"
+        " FROM reserved r LEFT JOIN charged c USING (run) WHERE r.dataset = ? GROUP BY r.run",
+        (dataset,),
     ).fetchall()
-    cost = [(epsilon if open_ else used, delta) for epsilon, delta, open_, used in rows if open_ or used]
+    cost = [
+        (epsilon if open_ else used, delta)
+        for unit, epsilon, delta, open_, used, last in rows
+        if STRENGTH[unit] >= strength and (open_ or (used is not None and last >= since))
+    ]
+    return Spent(math.fsum(e for e, _ in cost), math.fsum(d for _, d in cost), _exact(db, dataset, budget, today))
+
+
+def _exact(db: sqlite3.Connection, dataset: str, budget: Budget, today: dt.date) -> int:
+    """Releases that count against the quota of exact ones."""
+    where = (dataset, budget.since(today))
     exact = "SELECT count(*) FROM charged WHERE dataset = ? AND day >= ? AND epsilon IS NULL"
-    [count] = db.execute(exact, (dataset, since)).fetchone()
-    return Spent(math.fsum(e for e, _ in cost), math.fsum(d for _, d in cost), count)
+    noised = "SELECT r.unit, count(*) FROM reserved r JOIN charged c USING (run) WHERE r.dataset = ? AND c.day >= ?"
+    counts = db.execute(f"{noised} GROUP BY r.unit", where).fetchall() if STRENGTH[budget.unit] else []
+    weaker = sum(int(number) for unit, number in counts if STRENGTH[unit] < STRENGTH[budget.unit])
+    return weaker + int(db.execute(exact, where).fetchone()[0])
 
 
 def reserve(db: sqlite3.Connection, run: str, dataset: str, privacy: Privacy, budget: Budget, today: dt.date) -> None:
@@ -89,7 +104,7 @@ def reserve(db: sqlite3.Connection, run: str, dataset: str, privacy: Privacy, bu
         return
     if STRENGTH[privacy.unit] < STRENGTH[budget.unit]:
         raise _refused("budget.unit", f"the plan hides a {privacy.unit}, and the budget is per {budget.unit}")
-    before = spent(db, dataset, budget.since(today))
+    before = spent(db, dataset, budget, today)
     for name, limit, had, more in (
         ("epsilon", budget.epsilon, before.epsilon, privacy.epsilon),
         ("delta", budget.delta, before.delta, privacy.delta),
@@ -102,7 +117,7 @@ def reserve(db: sqlite3.Connection, run: str, dataset: str, privacy: Privacy, bu
 
 def charge(db: sqlite3.Connection, cost: Charge, today: dt.date) -> None:
     """Charge one release, within the transaction that stores it; a round of a run is charged once, however often it
-    is asked. Raises PrivacyBudgetError when the quota of exact releases is used up, or nothing was reserved."""
+    is asked. Raises PrivacyBudgetError when the quota of exact releases is used up, or less was reserved."""
     exact = math.isinf(cost.epsilon)
     before = db.execute("SELECT question FROM charged WHERE run = ? AND round = ?", (cost.run, cost.round)).fetchone()
     if before and before[0] != cost.question:  # the same noise under two answers could be subtracted
@@ -111,10 +126,12 @@ def charge(db: sqlite3.Connection, cost: Charge, today: dt.date) -> None:
         return
     if exact:
         quota = cost.budget.exact_releases
-        if quota is not None and spent(db, cost.dataset, cost.budget.since(today)).exact >= quota:
+        if quota is not None and _exact(db, cost.dataset, cost.budget, today) >= quota:
             raise _refused("budget.exact-spent", f"all {quota} exact releases of the data set are used up")
-    elif not db.execute("SELECT 1 FROM reserved WHERE run = ? AND open", (cost.run,)).fetchone():
-        raise _refused("budget.not-reserved", "the run reserved no budget")
+    else:
+        reserved = "SELECT 1 FROM reserved WHERE run = ? AND dataset = ? AND open AND epsilon * (1 + 1e-9) >= ?"
+        if not db.execute(reserved, (cost.run, cost.dataset, cost.epsilon)).fetchone():
+            raise _refused("budget.not-reserved", "the run did not reserve what the release costs")
     epsilon = None if exact else cost.epsilon
     day = today.isoformat()
     row = (cost.run, cost.round, cost.dataset, epsilon, day, cost.question)

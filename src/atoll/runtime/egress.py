@@ -102,7 +102,7 @@ class EgressGate:
         arrays, clipped = clip(arrays, asked.fields)
         fields = asked.fields
         if noised is not None:
-            arrays = noised.noise.add(arrays, noised.fields, noised.scales, noised.random)
+            arrays = noised.noise.add(asked.task.round, arrays, noised.fields, noised.scales, noised.random)
             fields = noised.fields
             arrays, _ = clip(arrays, fields)
         arrays = protection.answer(REPLY, party, arrays, fields)

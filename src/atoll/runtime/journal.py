@@ -324,6 +324,8 @@ class Journal:
         """Change a run's status; *note* is for the site's own operator."""
         with self.transaction():
             self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
+            if status not in OPEN:
+                settle(self._db, run)
 
     def advance(self, run: str, before: str, after: str) -> None:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""
@@ -333,14 +335,14 @@ class Journal:
     def start_run(self, run: str, plan: Plan, budget: Budget) -> None:
         """An approved run begins: what its plan's privacy promises is reserved. Raises PrivacyBudgetError."""
         with self.transaction():
-            if plan.privacy is not None:
+            begun = "UPDATE run SET status = 'running' WHERE run = ? AND status = 'approved'"
+            if self._db.execute(begun, (run,)).rowcount and plan.privacy is not None:  # else it was closed meanwhile
                 reserve(self._db, run, plan.dataset, plan.privacy, budget, _today())
-            self._db.execute("UPDATE run SET status = 'running' WHERE run = ? AND status = 'approved'", (run,))
 
     def spent(self, dataset: str, budget: Budget) -> Spent:
         """What counts against a data set's budget today."""
         with self._lock:
-            return spent(self._db, dataset, budget.since(_today()))
+            return spent(self._db, dataset, budget, _today())
 
     def end_run(self, run: str, status: str, error: Json, heard: str) -> None:
         """Close a run that is open, with its ledger entry; *heard* joins the note. Else do nothing."""

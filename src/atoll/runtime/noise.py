@@ -47,13 +47,20 @@ def noise_of(plan: Plan, num_sites: int) -> Noise | None:
             "privacy.exact-replies", f"{problems[0].program} asks for single replies, which no shared noise protects",
             field="privacy", remedy="choose a program that needs only sums",
         )  # fmt: skip
-    rates = []
-    for asked in rounds:
+    rates, once = [], []
+    for number, asked in enumerate(rounds):
         made = build(asked.program, asked.params)
         _declared(plan, made, handler_of(made, asked.name), asked.name)
         rates.append(float(getattr(made, "sampling_rate", 1.0)))
-    protection = find(plan.protection.sum)
-    return Noise(plan.privacy, rates, min(plan.cohort.min_sites, num_sites), shared=not protection.reveals)
+        if plan.privacy.unit == "record" and asked.name in getattr(made, "once", ()):
+            once.append(number)
+    shared, least = not find(plan.protection.sum).reveals, min(plan.cohort.min_sites, num_sites)
+    if once and shared and least < num_sites:
+        raise PlanError(
+            "privacy.tree-dropouts", "shares of a tree of noise need the same sites in every round",
+            field="cohort.min_sites", remedy=f"set cohort.min_sites to {num_sites} and on_dropout to fail",
+        )  # fmt: skip
+    return Noise(plan.privacy, rates, least, shared=shared, once=once)
 
 
 def norms_of(

@@ -93,7 +93,11 @@ class Opened:
         if self.noise is not None:
             norms = norms_of(self.plan, program, name, view.table.schema, fields, sent)
             fitted = self.noise.fitted(task.round, fields, norms)
-            noised = Noised(self.noise, *fitted, self.random(task.round, question))
+            # a tree's nodes are several rounds' own; a round that is asked in other words is refused
+            shared = task.round in self.noise.once
+            noised = Noised(
+                self.noise, *fitted, self.random(-1 if shared else task.round, "tree" if shared else question)
+            )
             epsilon = self.noise.costs[task.round]
         dataset = self.plan.dataset
         return Cost(Charge(task.run, task.round, dataset, epsilon, self._policy.budget(dataset), question), noised)

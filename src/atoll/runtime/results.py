@@ -18,10 +18,23 @@ from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import LinearModel
+from atoll.privacy.dp.accounting import delta_warning
+from atoll.privacy.dp.release import Noise
 
+SUMMED = "Sums were masked: the coordinator saw only the sum of {sites}, and no site saw another's numbers."
 PROTECTED = {
     "plain": "Sums were made by the coordinator from each site's own share: it saw every site's share, and no row.",
+    "secagg": SUMMED,
+    "paillier": SUMMED.replace("masked", "masked and encrypted")
+    + " {holder}, which held the key, decrypted masked sums, which tell it nothing, alone or with the coordinator.",
+    "ckks": "Sums were encrypted: the coordinator added what it could not read, and learned only the sum of {sites}."
+    " {holder}, which held the key, saw that sum; with the coordinator's help it could have read each site's share.",
 }
+NOISED = {
+    True: " Each site added its share of the noise before its numbers were protected.",
+    False: " What it saw of a site, and the sums, carry noise that the site added before anything left it.",
+}
+"""By whether only sums are seen."""
 
 
 def to_plain(value: Any) -> Json:
@@ -41,9 +54,9 @@ def to_plain(value: Any) -> Json:
 
 def summarise(
     run: str, plan: Plan, outcome: Mapping[str, Any], *, sites: Mapping[str, int | None], rounds: int, seconds: float,
-    transport: str, traffic: Mapping[str, int],
+    transport: str, traffic: Mapping[str, int], noise: Noise | None = None, survivors: int | None = None,
 ) -> tuple[dict[str, Json], dict[str, Array]]:  # fmt: skip
-    """(result.json, model arrays) of a run's outcome."""
+    """(result.json, model arrays) of a run's outcome. survivors: fewest sites in one of its sums."""
     found, evaluation = dict(outcome["result"]), outcome["evaluation"] or {}
     model = found.pop("model", None)
     own = evaluation.get("own", {})
@@ -63,8 +76,7 @@ def summarise(
             "federated": evaluation.get("pooled", {}),
             "per_site": {site: {"federated": own.get(site, {})} for site in sites},
         },
-        "privacy": {"protection": plan.protection.sum, "unit": None, "epsilon": None,
-                    "statement": PROTECTED.get(plan.protection.sum, "")},
+        "privacy": told_privacy(plan, sites, noise, survivors),
         "fitted": outcome["fitted"],
         "preparation": outcome["preparation"],
         "curves": evaluation.get("curves", {}),
@@ -79,6 +91,37 @@ def summarise(
     found.pop("history", None)
     result["output"] = found
     return to_plain(result), arrays
+
+
+def told_privacy(
+    plan: Plan, sites: Mapping[str, int | None], noise: Noise | None = None, survivors: int | None = None
+) -> dict[str, Any]:
+    """Who learned what, and what the run tells of one unit: ``privacy`` of result.json.
+
+    epsilon, delta: what the plan promises. spent: ε that each site which answered every round was charged.
+    survivors: fewest sites in a sum. warnings: of a promise that is worth little.
+    """
+    privacy, chosen = plan.privacy, plan.protection
+    fewest = len(sites) if survivors is None else survivors
+    among = f"{fewest} sites" if fewest == len(sites) else f"at least {fewest} of {len(sites)} sites"
+    statement = PROTECTED.get(chosen.sum, "").format(
+        sites=among, holder=f"Site {chosen.key_holder}" if chosen.key_holder else "One of the sites"
+    )
+    told: dict[str, Any] = {
+        "protection": chosen.sum, "statement": statement, "survivors": survivors, "noised": privacy is not None,
+        **dict.fromkeys(("unit", "epsilon", "delta", "mechanism", "spent")), "warnings": [],
+    }  # fmt: skip
+    if privacy is None:
+        return told
+    if statement:
+        told["statement"] += NOISED[chosen.sum != "plain"]
+    told |= {name: getattr(privacy, name) for name in ("unit", "epsilon", "delta", "mechanism")}
+    if noise is not None:
+        told["spent"] = noise.costs[-1] if noise.costs else 0.0
+    rows = [number for number in sites.values() if number is not None]
+    units = len(sites) if privacy.unit == "site" else sum(rows) if len(rows) == len(sites) else 0
+    told["warnings"] = [warning] if units and (warning := delta_warning(privacy.delta, units)) else []
+    return told
 
 
 def releases(ledger: Path) -> list[dict[str, Any]]:

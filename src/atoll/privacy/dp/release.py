@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from atoll.contract.privacy import Privacy
 from atoll.contract.rounds import Field
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array
-from atoll.privacy.dp import discrete_gaussian, gaussian, geometric, laplace
+from atoll.privacy.dp import discrete_gaussian, gaussian, geometric, laplace, tree
 from atoll.privacy.dp.accounting import Events, calibrate, prefix
 from atoll.privacy.dp.noise import field_scales, honest, on_grid
 from atoll.privacy.dp.randomness import Secure
@@ -38,23 +38,34 @@ ROOM = {"l2": 12.0, "l1": 45.0}
 class Noise:
     """The noise of one run."""
 
-    def __init__(self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool) -> None:
+    def __init__(
+        self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool, once: Sequence[int] = ()
+    ) -> None:
         """rates: for each round, the rate of secret Poisson sampling (1: every record takes part). survivors: fewest
-        sites in a sum. shared: only sums are seen. Raises PrivacyBudgetError "dp.no-honest-site", PlanError
-        "dp.gaussian-shares"."""
+        sites in a sum. shared: only sums are seen. once: the rounds of which a record takes part in at most one: their
+        noise is a tree's. Raises PrivacyBudgetError "dp.no-honest-site", PlanError "dp.gaussian-shares", "dp.tree"."""
+        if once and privacy.mechanism not in ("gaussian", "discrete_gaussian"):
+            raise PlanError(
+                "dp.tree", "a tree of noise is of a Gaussian kind", field="privacy.mechanism",
+                remedy="choose discrete_gaussian",
+            )  # fmt: skip
         if shared and privacy.mechanism == "gaussian":
             raise PlanError(
                 "dp.gaussian-shares", "rounded shares of continuous noise have no proven sum",
                 field="privacy.mechanism", remedy="choose discrete_gaussian",
             )  # fmt: skip
-        self.privacy, self.rates = privacy, tuple(rates)
+        self.privacy, self.rates, self.once = privacy, tuple(rates), tuple(once)
         self.shares = honest(survivors, privacy.colluding) if shared else 1
         self.norm = "l1" if privacy.mechanism in ("laplace", "geometric") else "l2"
 
     @cached_property
     def multipliers(self) -> tuple[float, ...]:
         """Each round's noise multiplier; together they meet the plan's (ε, δ)."""
-        relative = shape(len(self.rates), self.privacy.stages, self.privacy.ratio)
+        single = [number for number in range(len(self.rates)) if number not in self.once]
+        staged = dict(
+            zip(single, shape(len(single), self.privacy.stages, self.privacy.ratio) if single else [], strict=True)
+        )
+        relative = [staged.get(number, 1.0) for number in range(len(self.rates))]
         if self.privacy.delta == 0:
             if self.norm != "l1" or any(rate < 1 for rate in self.rates):
                 raise PrivacyBudgetError(
@@ -86,14 +97,28 @@ class Noise:
             case _:
                 return laplace.event(multiplier, sampling_rate=rate)
 
+    def _tree(self, multiplier: float) -> DpEvent:
+        """Of all rounds in ``once`` together: each record moves as many nodes as the tree is deep."""
+        steps = len(self.once)
+        if self.privacy.mechanism == "gaussian":
+            return tree.event(multiplier, steps)
+        return discrete_gaussian.event(multiplier / math.sqrt(tree.depth(steps)), slack=2 * steps * SLACK)
+
     def _each(self, multipliers: Sequence[float]) -> Events:
-        return [(self._event(z, rate), 1) for z, rate in zip(multipliers, self.rates, strict=True)]
+        """A tree is paid for with its first round."""
+        first = min(self.once, default=-1)
+        return [
+            (self._tree(z), int(number == first)) if number in self.once else (self._event(z, rate), 1)
+            for number, (z, rate) in enumerate(zip(multipliers, self.rates, strict=True))
+        ]
 
     def _events(self, multipliers: Sequence[float]) -> Events:
         counts: dict[tuple[float, float], int] = {}
-        for key in zip(multipliers, self.rates, strict=True):
-            counts[key] = counts.get(key, 0) + 1
-        return [(self._event(z, rate), count) for (z, rate), count in counts.items()]
+        for number, key in enumerate(zip(multipliers, self.rates, strict=True)):
+            if number not in self.once:
+                counts[key] = counts.get(key, 0) + 1
+        trees = [(self._tree(multipliers[self.once[0]]), 1)] if self.once else []
+        return [*trees, *((self._event(z, rate), count) for (z, rate), count in counts.items())]
 
     def fitted(
         self, number: int, fields: Mapping[str, Field], norms: Mapping[str, Norms]
@@ -126,14 +151,27 @@ class Noise:
             size = math.prod(int(n or 0) for n in field.shape)
             grid[name] = on_grid(norms[name], steps[name], size, exact=counts) if norms[name].l2 else Norms(0, 0)
         scales = field_scales(grid, multiplier, norm=kind)
-        return {name: self._with_room(field, steps[name], scales[name]) for name, field in fields.items()}, scales
+        scales = {
+            name: max(scale, self._least(fields[name], len(fields))) if scale else 0 for name, scale in scales.items()
+        }
+        nodes = math.sqrt(tree.depth(len(self.once)) + 1) if number in self.once else 1.0
+        roomy = {name: self._with_room(field, steps[name], nodes * scales[name]) for name, field in fields.items()}
+        return roomy, scales
+
+    def _least(self, field: Field, num_fields: int) -> float:
+        """The scale below which shares of discrete noise on the field's grid do not add up as SLACK says."""
+        if self.privacy.mechanism != "discrete_gaussian" or self.shares == 1:
+            return 0.0
+        size = math.prod(int(n or 0) for n in field.shape)
+        terms = 10 * (self.shares - 1) * max(size, 1) * num_fields / SLACK
+        return math.sqrt(self.shares * math.log(terms)) / math.pi * (1 + 1e-9)
 
     def _with_room(self, field: Field, step: float, scale: float) -> Field:
         room = (ROOM[self.norm] * scale + 1) * step if scale else 0
         return replace(field, step=step, bound=(field.bound or 0) + room)
 
     def add(
-        self, arrays: Mapping[str, Array], fields: Mapping[str, Field], scales: Mapping[str, float],
+        self, number: int, arrays: Mapping[str, Array], fields: Mapping[str, Field], scales: Mapping[str, float],
         random: Callable[[str], Secure],
     ) -> dict[str, Array]:  # fmt: skip
         """A site's *arrays* with its share of the noise, on their fields' grids. random: secret, by field."""
@@ -144,18 +182,37 @@ class Noise:
             if not scale:
                 noised[name] = array
                 continue
-            drawn, extra = self._draw(array.shape, scale, random(name))
+            draw = partial(self._draw, array.shape, scale)
+            if number in self.once:
+                drawn, extra = self._increment(self.once.index(number), draw, random, name)
+            else:
+                drawn, extra = draw(random(f"round {number} {name}"))
             slack += extra
             if array.dtype.kind in "iu":
                 noised[name] = array + drawn.astype(np.int64)
             else:
                 noised[name] = (np.rint(np.asarray(array, np.float64) / step) + drawn) * step
-        if slack > SLACK:
+        if slack > SLACK * (tree.depth(len(self.once)) + 1 if number in self.once else 1):
             raise PrivacyBudgetError(
                 "dp.coarse-grid", "a share of the noise is too small for the field's grid", field="privacy",
                 remedy="ask for a smaller epsilon, or choose mechanism gaussian",
             )  # fmt: skip
         return noised
+
+    def _increment(
+        self, step: int, draw: Callable[[Secure], tuple[Array, float]], random: Callable[[str], Secure], name: str
+    ) -> tuple[Array, float]:
+        """The tree's noise up to *step* less that before it: of the nodes that cover 0 … step, less those that cover
+        0 … step − 1. A node's noise is its own stream's, so nothing is kept between rounds."""
+        noise, slack = np.zeros((), np.float64), 0.0
+        for sign, nodes in (
+            (1, tree.cover(step + 1) - tree.cover(step)),
+            (-1, tree.cover(step) - tree.cover(step + 1)),
+        ):
+            for height, place in sorted(nodes):
+                drawn, extra = draw(random(f"node {height} {place} {name}"))
+                noise, slack = noise + sign * drawn, slack + extra
+        return noise, slack
 
     def _draw(self, size: tuple[int, ...], scale: float, random: Secure) -> tuple[Array, float]:
         match self.privacy.mechanism:

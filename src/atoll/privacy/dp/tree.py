@@ -39,6 +39,16 @@ def event(noise_multiplier: float, steps: int) -> DpEvent:
     return GaussianDpEvent(noise_multiplier / math.sqrt(depth(steps)))
 
 
+def cover(steps: int) -> set[tuple[int, int]]:
+    """The nodes, (height, number from the left), that together cover the first *steps* leaves."""
+    nodes, start = set(), 0
+    for height in reversed(range(steps.bit_length())):
+        if steps >> height & 1:
+            nodes.add((height, start >> height))
+            start += 1 << height
+    return nodes
+
+
 @dataclass(slots=True)
 class TreeNoise:
     """The noise of a running sum. heights, nodes: of the complete subtrees that cover the steps so far, left to

@@ -1,6 +1,8 @@
-"""Homomorphic encryption: sums of what the coordinator cannot read (see ``paillier``)."""
+"""Homomorphic encryption: sums of what the coordinator cannot read (see ``paillier`` and ``ckks``)."""
 
 from atoll.contract.protection import register
+from atoll.privacy.he.ckks import CkksSum
 from atoll.privacy.he.paillier import Paillier
 
 register(Paillier())
+register(CkksSum())  # type: ignore[arg-type]  # capabilities is a property there

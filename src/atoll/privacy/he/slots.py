@@ -70,8 +70,7 @@ class Slots:
 
     def pack(self, arrays: Mapping[str, Array]) -> list[int]:
         """Arrays within their bounds as cells, each below 2^(modulus_bits − 1)."""
-        bounded = {name: _bounded(array, self._layout.fields[name]) for name, array in arrays.items()}
-        vectors, cells, shared = self._layout.encode(bounded), list[int](), [0] * len(self._used)
+        vectors, cells, shared = self._layout.encode(arrays), list[int](), [0] * len(self._used)
         for ring in self._rings:
             vector = vectors[f"ring{ring.width}"]
             add_to(vector, ring.times(1))
@@ -100,14 +99,13 @@ class Slots:
         return self._layout.decode(vectors)
 
 
+def reach(field: Field) -> float:
+    """The largest |value| that a site sends: the gate clips to the bound as the field's dtype rounds it."""
+    bound = field.bound or 0
+    return bound * (1 + float(np.finfo(field.dtype).eps)) if np.dtype(field.dtype).kind == "f" else bound
+
+
 def _largest(field: Field) -> int:
-    """The largest |integer| that a value within the field's bound becomes."""
-    bound, step = field.bound or 0, field.step or 1
-    return max(math.ceil(Fraction(bound) / Fraction(step)), round(bound / step), 1)
-
-
-def _bounded(array: Array, field: Field) -> Array:
-    """Reals exactly within the bound: the gate clips them to it rounded to their dtype."""
-    if array.dtype.kind != "f" or field.bound is None:
-        return array
-    return np.clip(array.astype(np.float64), -field.bound, field.bound)
+    """The largest |integer| that a value of the field becomes."""
+    most, step = reach(field), field.step or 1
+    return max(math.ceil(Fraction(most) / Fraction(step)), round(most / step), 1)

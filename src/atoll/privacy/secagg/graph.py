@@ -62,11 +62,16 @@ def degree(num_sites: int, adversary: str) -> int:
 
 def neighbours(terms: Terms) -> dict[str, tuple[str, ...]]:
     """Every site's neighbours, without itself, ordered by name."""
-    sites = list(terms.roster)
+    sites = tuple(terms.roster)
     k = degree(len(sites), terms.choice.adversary)
     if k >= len(sites) - 1:
         return {site: tuple(other for other in sites if other != site) for site in sites}
-    mixed = sorted(sites, key=lambda site: hashlib.sha256(label("graph", *terms.label(site))).digest())
+    return _ring(sites, k, label("graph", *terms.label()))
+
+
+@lru_cache(maxsize=8)
+def _ring(sites: tuple[str, ...], k: int, seed: bytes) -> dict[str, tuple[str, ...]]:
+    mixed = sorted(sites, key=lambda site: hashlib.sha256(label(seed, site)).digest())
     place = {site: i for i, site in enumerate(mixed)}
     reach = [step for step in range(-(k // 2), k // 2 + 1) if step]
     return {site: tuple(sorted(mixed[(place[site] + step) % len(mixed)] for step in reach)) for site in sites}
