@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atoll.contract.errors import AtollError
+from atoll.contract.errors import AtollError, TransportError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Field, Reply, Round, Steps, Sum, Task, count, real
 from atoll.contract.wire import decode
+from atoll.crypto.identity import Identity
 from atoll.privacy.fixed_point import Layout
 from atoll.report.html import page
+from atoll.runtime.journal import Journal
 from atoll.runtime.results import details
 from atoll.transport.base import Endpoint, Progress
 
@@ -117,7 +119,7 @@ def needles() -> list[Needle]:
 def _texts(value: float, field: Field) -> dict[str, bytes]:
     if isinstance(value, int):
         return {"decimal": str(value).encode(), "decimal with commas": f"{value:,}".encode()}
-    return {"decimal": repr(value)[:10].encode(), "rounded": f"{value:.6g}".lstrip("-").encode()}
+    return {"decimal": repr(value)[:10].encode(), "rounded": f"{value:.9g}".lstrip("-").encode()}
 
 
 NEEDLES = needles()
@@ -207,7 +209,6 @@ def test_secagg_shows_none_anywhere(
 
 def test_secagg_shows_none_when_sites_drop_out(federation: Any) -> None:
     """Their secrets are reconstructed, or not; their values are in no message, and not in the survivors' sum alone."""
-    from atoll.contract.errors import TransportError
 
     def wrap(name: str, endpoint: Endpoint) -> Endpoint:
         def handle(message: Any, progress: Progress) -> Any:
@@ -224,6 +225,25 @@ def test_secagg_shows_none_when_sites_drop_out(federation: Any) -> None:
     federation.run(federation.plan("test.canary", {}, tables, protection="secagg"), tables, wrap=wrap)
     assert search(*(data for _, _, data in federation.wire)) == set()
     assert search(*files(federation)) == set()
+
+
+def test_keys_are_in_no_file_once_the_run_has_ended(tmp_path: Path) -> None:
+    """Not in the database, and not in its write-ahead log, where rows stay that were deleted."""
+    identity, run = Identity.generate("north"), "0" * 32
+    journal = Journal(tmp_path / "north.db", "north", identity.public, identity.sign)
+    journal.open_run(run, "running", {})
+    session, share = journal.session(run), np.frombuffer(b"a share of another site's secret", np.uint8)
+    journal.store_release("task", run, "program", {}, {}, None, protection={"share": share})
+
+    def found() -> set[str]:
+        needles = {"session": session.hex().encode(), "share": share.tobytes()}
+        files = [path.read_bytes() for path in tmp_path.iterdir()]
+        return {name for name, needle in needles.items() if any(needle in file for file in files)}
+
+    assert found() == {"session", "share"}
+    journal.end_run(run, "finished", None, "")
+    assert found() == set()
+    journal.close()
 
 
 @pytest.mark.parametrize("protection", ["plain", "secagg"])

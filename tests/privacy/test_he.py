@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -351,7 +352,7 @@ def drawn(fields: Mapping[str, Field], seed: int) -> dict[str, Any]:
     """Values within their bounds, many of them at the ends."""
     random, made = np.random.default_rng(seed), {}
     for name, field in fields.items():
-        share = random.choice([-1, 1, 0, random.uniform(-1, 1)], field.shape)
+        share = random.choice([-1, 1, 0, random.uniform(-1, 1)], math.prod(n or 0 for n in field.shape))
         if field.dtype == "<i8":
             made[name] = (share * float(field.bound or 0)).astype("<i8")
         else:
@@ -368,9 +369,9 @@ def test_sums_of_cells_are_sums(listed: list[Field], replying: int, absent: int,
     sums = slots.sums([sum(column) for column in zip(*packed, strict=True)], replying)
     for name, field in fields.items():
         exact = sum(reply[name].astype(np.longdouble) for reply in replies)
-        error = 0 if field.dtype == "<i8" else replying * (field.step or 0) / 2 + 1e-15 * replying * (field.bound or 0)
+        most = 0 if field.dtype == "<i8" else replying * (field.step or 0) / 2 + 1e-15 * replying * (field.bound or 0)
         assert sums[name].shape == field.shape
-        assert (np.abs(sums[name] - exact) <= error * 1.01).all()
+        assert (np.abs(sums[name] - exact) <= most * 1.01).all()
 
 
 def test_what_is_no_sum_of_cells_is_refused() -> None:
@@ -397,8 +398,8 @@ def test_sums_of_limbs_are_sums(listed: list[Field], num_sites: int, seed: int) 
     sums = limbs.sums(total + noise, replying)
     for name, field in fields.items():
         exact = sum(reply[name].astype(np.longdouble) for reply in replies)
-        error = 0 if field.dtype == "<i8" else replying * (field.step or 0) / 2 + 1e-15 * replying * (field.bound or 0)
-        assert (np.abs(sums[name] - exact) <= error * 1.01).all()
+        most = 0 if field.dtype == "<i8" else replying * (field.step or 0) / 2 + 1e-15 * replying * (field.bound or 0)
+        assert (np.abs(sums[name] - exact) <= most * 1.01).all()
 
 
 def test_counts_beyond_what_ckks_tells_exactly() -> None:

@@ -23,7 +23,8 @@ from atoll.crypto.identity import Identity
 from atoll.crypto.prg import KEY_BYTES, Stream
 from atoll.crypto.session import Session, claim
 from atoll.privacy.fixed_point import Layout, add_masks, add_to
-from atoll.privacy.secagg import masking
+from atoll.privacy.secagg import agreement, masking
+from atoll.privacy.secagg.agreement import dense
 from atoll.privacy.secagg.graph import degree, holders, neighbours, threshold
 from atoll.privacy.secagg.masking import SecAgg
 from atoll.runtime.party import Own
@@ -273,10 +274,10 @@ def test_a_late_vector_stays_hidden() -> None:
     found = cohort.aggregate(gone={"reply": [late]})
     assert late not in found.sites
     around, adverts = neighbours(cohort.terms()), {n: cohort.told["shares", n]["advert"] for n in cohort.names}
-    sent = masking._dense("adverts", masking.ADVERT_BYTES, around[late], adverts)
+    sent = dense("adverts", masking.ADVERT_BYTES, around[late], adverts)
     place = {n: around[n].index(late) for n in around[late]}
     envelopes = {n: cohort.told["shares", n]["sealed"][place[n]] for n in around[late]}
-    sent |= masking._dense("sealed", masking.SEALED_BYTES, around[late], envelopes)
+    sent |= dense("sealed", masking.SEALED_BYTES, around[late], envelopes)
     seed = cohort.states[late]["seed"].tobytes()
     vector = cohort.ask(late, "reply", sent, cohort.terms(), cohort.reply(late))
 
@@ -491,7 +492,7 @@ def test_two_sets_of_survivors_are_not_opened() -> None:
         n: cohort.ask(n, "agree", one if n < "s003" else other, cohort.terms())["signature"] for n in cohort.names
     }
     for chosen in (cohort.names, cohort.names[:3], cohort.names[3:]):
-        sent = masking._dense("signatures", 64, cohort.names, {n: signed[n] for n in chosen})
+        sent = dense("signatures", 64, cohort.names, {n: signed[n] for n in chosen})
         for name in cohort.names:
             with pytest.raises(AtollError) as caught:
                 cohort.ask(name, "unmask", sent, cohort.terms())
@@ -504,9 +505,9 @@ def test_signatures_below_the_threshold_open_nothing(adversary: str) -> None:
     cohort.up_to("agree")
     signed = {n: cohort.told["agree", n]["signature"] for n in cohort.names}
     needed = threshold(7, adversary)
-    few = masking._dense("signatures", 64, cohort.names, dict(itertools.islice(signed.items(), needed - 1)))
+    few = dense("signatures", 64, cohort.names, dict(itertools.islice(signed.items(), needed - 1)))
     refused(AtollError, "secagg.too-few", lambda: cohort.ask("s000", "unmask", few, cohort.terms()), "unmask")
-    enough = masking._dense("signatures", 64, cohort.names, dict(itertools.islice(signed.items(), needed)))
+    enough = dense("signatures", 64, cohort.names, dict(itertools.islice(signed.items(), needed)))
     assert cohort.ask("s000", "unmask", enough, cohort.terms())["shares"].shape == (7, KEY_BYTES)
 
 
@@ -516,9 +517,9 @@ def test_signatures_of_sites_that_did_not_survive_do_not_count() -> None:
     cohort.up_to("reply")
     sent = survivors(cohort, *s[:4])
     signed = {n: cohort.ask(n, "agree", sent, cohort.terms())["signature"] for n in s[:3]}
-    about = masking._survivors(cohort.terms(), sent["survivors"])
+    about = agreement._claim(cohort.terms(), sent["survivors"])
     signed |= {n: np.frombuffer(cohort.identities[n].sign(about), np.uint8) for n in s[4:]}  # three that collude
-    told = masking._dense("signatures", 64, s, signed)
+    told = dense("signatures", 64, s, signed)
     refused(AtollError, "secagg.too-few", lambda: cohort.ask(s[0], "unmask", told, cohort.terms()))
 
 
@@ -573,12 +574,12 @@ def test_a_neighbour_that_was_not_there_when_shares_were_made() -> None:
     cohort.up_to("shares", gone={"shares": ["s004"]})
     late = {**cohort.sessions}
     about = {n: np.frombuffer(late[n], np.uint8) for n in cohort.names if n not in ("s004", "s000")}
-    told = masking._dense("sessions", 96, cohort.names[:4], about)
+    told = dense("sessions", 96, cohort.names[:4], about)
     answer = cohort.ask("s004", "shares", told, cohort.terms())  # it was not told of s000
     adverts = {n: cohort.told["shares", n]["advert"] for n in cohort.names[:4]} | {"s004": answer["advert"]}
     envelopes = {n: cohort.told["shares", n]["sealed"][0] for n in cohort.names[1:4]} | {"s004": answer["sealed"][0]}
-    sent = masking._dense("adverts", masking.ADVERT_BYTES, cohort.names[1:], adverts)
-    sent |= masking._dense("sealed", masking.SEALED_BYTES, cohort.names[1:], envelopes)
+    sent = dense("adverts", masking.ADVERT_BYTES, cohort.names[1:], adverts)
+    sent |= dense("sealed", masking.SEALED_BYTES, cohort.names[1:], envelopes)
     refused(
         IntegrityError,
         "envelope.altered",
@@ -656,6 +657,19 @@ def test_a_site_that_shares_what_it_did_not_commit_to() -> None:
         return {**answer, "advert": np.frombuffer(body + signature, np.uint8)}
 
     refused(IntegrityError, "secagg.bad-share", lambda: cohort.aggregate(lie=lie))
+
+
+@pytest.mark.parametrize("field", ["x", "n"])
+def test_a_sum_that_no_honest_sites_can_come_to_is_refused(field: str) -> None:
+    cohort = Cohort(5)
+    ring = {"x": "ring64", "n": "ring32"}[field]
+
+    def lie(step: str, name: str, answer: Arrays) -> Arrays:
+        if (step, name) != ("reply", "s002"):
+            return answer
+        return {**answer, ring: answer[ring] + answer[ring].dtype.type(2 ** (29 if field == "n" else 60))}
+
+    refused(ProtocolError, "reply.bound", lambda: cohort.aggregate(lie=lie), field)
 
 
 def test_128_bit_rings_survive_dropouts() -> None:

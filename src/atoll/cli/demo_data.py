@@ -53,7 +53,7 @@ def write(folder: Path) -> tuple[dict[str, Plan], dict[str, SourceSpec]]:
             for row in generator.permutation(rows):
                 cells = ["" if name in empty and empty[name][row] else columns[name][row] for name in FEATURES]
                 writer.writerow([f"p{row:04d}", *cells, malignant[row]])
-    common = {"atoll": 1, "purpose": "demonstration", "protection": "plain"}
+    common = {"atoll": 1, "purpose": "demonstration"}
     recipe = {"steps": [{"step": "impute", "columns": ["mean_texture", "mean_concavity"], "with": "mean"}]}
     params = {"family": "logistic", "target": "malignant", "features": list(FEATURES)}
     contents: dict[str, dict[str, Any]] = {

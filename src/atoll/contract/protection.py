@@ -38,7 +38,7 @@ class Choice(BaseModel):
     sum: str = ""
     adversary: Literal["curious", "active"] = "curious"
     key_holder: str = ""
-    key_bits: int = Option(default=3072, ge=2048, le=8192)
+    key_bits: int = Option(default=3072, ge=2048, le=8192, multiple_of=16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,11 +155,14 @@ class Protection(Protocol):
     """One way to make a Sum; found by its registration under ``name``."""
 
     name: str
-    capabilities: Capabilities
     reveals: bool
     """Does the coordinator see each site's share? Then the site's gate applies disclosure control to it."""
     attempts: bool
     """Has it several exchanges? Then a coordinator that lost its place begins the round as a new attempt."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What it needs and offers; raises PlanError where an optional package that it needs is missing."""
 
     def combine(
         self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]

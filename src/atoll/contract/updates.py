@@ -62,7 +62,7 @@ class Update:
         """
         bound = value_bound * weight_bound
         fields = {name: real(np.shape(value), bound=bound, step=step) for name, value in values.items()}
-        return {**fields, WEIGHT: real(bound=weight_bound, step=step)}
+        return {**fields, WEIGHT: real(bound=weight_bound, step=min(step, 1e-6))}
 
     def reply(self) -> dict[str, Any]:
         """As a handler's reply."""

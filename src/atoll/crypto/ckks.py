@@ -110,13 +110,21 @@ class CkksPublic:
 
 
 class Ckks:
-    """The key holder's: a fresh key, in memory only. ``public`` is for :class:`CkksPublic`. Raises PlanError
-    without the extra."""
+    """The key holder's: a fresh key, or one that :meth:`to_bytes` kept. ``public`` is for :class:`CkksPublic`. Raises
+    PlanError without the extra."""
 
-    def __init__(self) -> None:
-        self._context = _fresh()
+    def __init__(self, kept: bytes = b"") -> None:
+        self._context = _tenseal().context_from(kept) if kept else _fresh()
         self.public: bytes = self._context.serialize(
             save_public_key=True, save_secret_key=False, save_galois_keys=False, save_relin_keys=False
+        )
+
+    def to_bytes(self) -> bytes:
+        """The key, to be kept as secret as the data that it opens."""
+        return bytes(
+            self._context.serialize(
+                save_public_key=True, save_secret_key=True, save_galois_keys=False, save_relin_keys=False
+            )
         )
 
     def decrypt(self, array: Bytes, num_values: int, bound: float, num_sites: int) -> Values:

@@ -17,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 from pydantic import Field
 
+from atoll.compression.update import Compression
 from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task
 from atoll.contract.schema import TableSchema
@@ -42,6 +43,7 @@ class FedAvg:
         learning_rate: float = Field(default=0.1, gt=0)
         clip: float = Field(default=10.0, gt=0)
         clip_norm_l2: float | None = Field(default=None, gt=0)
+        compress: Compression = Compression()
         checkpoint_every: int = Field(default=10, ge=1)
 
     def __init__(self, params: Params) -> None:
@@ -55,13 +57,16 @@ class FedAvg:
         """Returns {"model", "history": mean local loss by round, and a linear model's "coefficients"}."""
         model, p = self.model(cohort.schema), self.params
         weights, history = (start["weights"], start["history"].tolist()) if start else (model.initial(cohort.seed), [])
-        state = {"weights": weights, "loss": np.zeros(())}
-        fields = Update.fields(state, value_bound=p.clip, weight_bound=cohort.schema.max_rows, step=1e-9)
+        last, step = np.zeros_like(weights), p.compress.step(p.clip)
         for number in range(len(history), p.rounds):
-            total = yield Round("train", Sum(), fields, {"weights": weights})
+            support = p.compress.support(last, cohort.seed, number)
+            state = {"weights": weights[support], "loss": np.zeros(())}
+            fields = Update.fields(state, value_bound=p.clip, weight_bound=cohort.schema.max_rows, step=step)
+            total = yield Round("train", Sum(), fields, {"weights": weights, "support": support})
             update = Update.from_sum(total, ("weights", "loss"))
             mean = (update if cohort.exact else replace(update, weight=max(update.weight, 1.0))).mean()
-            weights = weights + mean["weights"]
+            last[support] = mean["weights"]
+            weights = weights + np.where(np.isin(np.arange(len(weights)), support), last, 0)
             history.append(float(mean["loss"]))
             yield Metrics(number, {"loss": history[-1]})
             if (number + 1) % p.checkpoint_every == 0:
@@ -70,7 +75,8 @@ class FedAvg:
         return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
 
     def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
-        p, size, rows = self.params, len(self.model(schema).weights), schema.max_rows
+        p, rows = self.params, schema.max_rows
+        size = len(p.compress.support(self.model(schema).weights, 0, 0))
         norm = min(p.clip * size**0.5, p.clip_norm_l2 or np.inf)
         return {"weights": within(norm, size) * rows, "loss": touches(1, p.clip) * rows, "weight": touches(1, rows)}
 
@@ -86,10 +92,10 @@ class FedAvg:
             loss, gradient = model.loss_and_gradient(weights, examples.take(rows))
             weights -= p.learning_rate * gradient
             losses.append(loss)
-        change = weights - sent
+        change = p.compress.carried(weights - sent, p.compress.told(task, len(sent)), site.state)
         if p.clip_norm_l2 is not None:
             change *= p.clip_norm_l2 / max(float(np.linalg.norm(change)), p.clip_norm_l2)
-        means = {"weights": change, "loss": np.array(np.mean(losses))}
+        means = {"weights": p.compress.rounded(change, p.clip, task), "loss": np.array(np.mean(losses))}
         return Update.of({name: np.clip(x, -p.clip, p.clip) for name, x in means.items()}, len(examples)).reply()
 
     def _batches(self, num_rows: int, task: Task, site: SiteView) -> Iterator[Array]:

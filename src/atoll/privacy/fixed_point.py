@@ -20,7 +20,7 @@ from atoll.contract.wire import Array
 from atoll.crypto.prg import Stream, pieces_of
 
 WIDTHS = (32, 64, 128)
-PIECE = 1 << 13
+PIECE = 1 << 15
 """Elements converted at a time, so that intermediates stay in cache."""
 
 
@@ -93,6 +93,9 @@ class Layout:
         sums = {}
         for name, width, start, stop in self._places():
             field = self.fields[name]
+            if start == stop:
+                sums[name] = np.zeros([size or 0 for size in field.shape], np.int64 if _whole(field) else np.float64)
+                continue
             vector = vectors[f"ring{width}"][start:stop]
             values = _signed(vector).astype(np.int64) if _whole(field) else _decode(vector, field.step or 1)
             sums[name] = values.reshape([size or 0 for size in field.shape])
@@ -120,7 +123,7 @@ def _encode(values: Array, step: float, out: Array) -> None:
     if values.dtype.kind in "iub" and step == 1:
         np.copyto(out, values, casting="unsafe")
         return
-    scratch = np.empty(PIECE)
+    scratch = np.empty(min(PIECE, values.size))
     for start in range(0, values.size, PIECE):
         piece, there = values[start : start + PIECE], out[start : start + PIECE]
         scaled = np.divide(piece, step, out=scratch[: piece.size], dtype=np.float64)

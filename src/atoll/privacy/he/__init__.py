@@ -5,4 +5,4 @@ from atoll.privacy.he.ckks import CkksSum
 from atoll.privacy.he.paillier import Paillier
 
 register(Paillier())
-register(CkksSum())  # type: ignore[arg-type]  # capabilities is a property there
+register(CkksSum())

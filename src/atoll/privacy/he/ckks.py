@@ -17,9 +17,9 @@ it can check). ``secagg`` and ``paillier`` cover both. A site, or the key holder
 Dropout: replies that do not arrive are left out, down to the threshold of ``secagg``. Nobody replaces a key holder that
 is gone between "key" and "decrypt": the round ends with ``he.key-holder-gone``, and nothing is told. Unless the
 plan names it, the next round finds another.
-Cost: 56 bytes for each part of a number (224 KiB at least), of which counts of 100,000 rows and reals of a bound of
-2²² steps have one, and those of 2⁴⁰ steps two; 330 KB of key to each site; four round trips.
-Exactness: counts are exact; reals err by at most n·step/2 on each element for n sites, as under secagg.
+Cost: 56 bytes for each part of a number (224 KiB at least): one part for what adds up to at most 2²¹ steps over all
+sites, two for 2⁴⁰ steps; 330 KB of key to each site; four round trips.
+Exactness: as under secagg: an error of at most n·step/2 on each element; counts none.
 """
 
 from __future__ import annotations
@@ -155,15 +155,12 @@ def _public(data: bytes) -> CkksPublic:
 
 def _fresh() -> tuple[bytes, bytes]:
     made = Ckks()
-    kept = {"save_public_key": True, "save_secret_key": True, "save_galois_keys": False, "save_relin_keys": False}
-    return made._context.serialize(**kept), made.public
+    return made.to_bytes(), made.public
 
 
 def _restored(data: bytes) -> Ckks:
     """What :func:`_fresh` made, from the site's own journal."""
-    made = Ckks()
-    made._context = type(made._context).load(data)
-    return made
+    return Ckks(data)
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Numbers in parts that CKKS adds up with an error small enough for them.
+"""Fixed-point numbers in parts that CKKS adds up exactly.
 
-A CKKS sum errs by a share of the bound (``crypto.ckks.error_bound``). So a field whose resolution is finer
-than that is split: a digit that comes out whole once rounded, and what is left, within a much smaller bound, perhaps
-split again. Scales are powers of two, so that nothing is rounded in between.
+A CKKS sum errs by a share of the bound (``crypto.ckks.error_bound``). So x becomes round(x / step), as in
+``fixed_point``; and a whole number too large for its sum to come out whole after rounding is split into digits
+that are not. Scales are powers of two, so that nothing is rounded in between.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WHOLE = 0.25
 
 class Limbs:
     """A reply as one vector within ±1; the same at every party. Sums are exact for counts, and for reals err by at
-    most n·step/2 for n sites, beside float64's own error."""
+    most n·step/2 for n sites, beside float64's own error: they are those of ``secagg``."""
 
     def __init__(self, fields: Mapping[str, Field], num_sites: int) -> None:
         """Raises PlanError for fields without bound or resolution, counts that float64 does not hold, and more sites
@@ -46,8 +46,8 @@ class Limbs:
     def split(self, arrays: Mapping[str, Array]) -> Values:
         """Arrays within their bounds as [num_values] numbers within ±1."""
         parts = []
-        for name in self._fields:
-            rest = arrays[name].astype(np.float64).reshape(-1)
+        for name, field in self._fields.items():
+            rest = np.rint(arrays[name].astype(np.float64).reshape(-1) / (field.step or 1))
             *larger, last = self._scales[name]
             for scale in larger:
                 digits = np.rint(rest * (self._digit / scale))
@@ -68,26 +68,25 @@ class Limbs:
             )  # fmt: skip
         sums, start = {}, 0
         for name, field in self._fields.items():
+            *larger, last = self._scales[name]
             size, total = _size(field), np.zeros(_size(field))
-            for scale in self._scales[name]:
-                part, start = values[start : start + size], start + size
-                last = scale == self._scales[name][-1]
-                total += part * scale if last else np.rint(part * self._digit) * (scale / self._digit)
-            whole = np.rint(total).astype(np.int64) if _whole(field) else total
-            sums[name] = whole.reshape([n or 0 for n in field.shape])
+            for unit, digit in [*((scale / self._digit, self._digit) for scale in larger), (1.0, last)]:
+                total += np.rint(values[start : start + size] * digit) * unit
+                start += size
+            told = total.astype(np.int64) if _whole(field) else total * float(field.step or 1)
+            sums[name] = told.reshape([n or 0 for n in field.shape])
         return sums
 
     def _scales_of(self, name: str, field: Field) -> tuple[float, ...]:
         """What ±1 stands for in each part of a field, the largest first."""
-        bound, whole = float(reach(field)), _whole(field)
-        if whole and bound * self._num_sites >= 2.0**53:
+        largest = reach(field) / (field.step or 1) + 1
+        if _whole(field) and largest * self._num_sites >= 2.0**53:
             raise PlanError(
                 "ckks.counts", "counts this large are not exact under ckks", field=name,
                 remedy="narrow the columns' ranges or max_rows in the schema, or choose secagg",
             )  # fmt: skip
-        allowed = WHOLE / self._num_sites if whole else float(field.step or 1) / 2
-        scales = [2.0 ** math.frexp(bound)[1]]
-        while error_bound(scales[-1], 1) > allowed:
+        scales = [2.0 ** math.frexp(largest)[1]]
+        while error_bound(scales[-1], self._num_sites) > WHOLE:
             scales.append(scales[-1] / (2 * self._digit))
         return tuple(scales)
 

@@ -152,9 +152,9 @@ class Cells:
         return self._slots.sums(vectors["cells"], num_sites)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _public(data: bytes) -> PublicKey:
-    """Checked once, and with its tables, which many rounds use."""
+    """Checked once, and with its tables (up to 128 MB), which many rounds use."""
     return PublicKey.from_bytes(data)
 
 

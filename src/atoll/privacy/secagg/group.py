@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from atoll.contract.errors import ProtocolError
 from atoll.contract.protection import Exchange, Replies
 from atoll.contract.rounds import Field
 from atoll.contract.wire import Array
@@ -75,4 +76,13 @@ class Ring:
         add_masks(vectors, plus, minus)
 
     def decode(self, vectors: Vectors, num_sites: int) -> dict[str, Array]:
-        return self._layout.decode(vectors)
+        """Raises ProtocolError for a sum that honest sites cannot come to: one lied, or masks do not cancel."""
+        sums = self._layout.decode(vectors)
+        for name, field in self._layout.fields.items():
+            limit, values = num_sites * ((field.bound or 0) * (1 + 1e-6) + (field.step or 0)), sums[name]
+            if values.size and max(float(values.max()), -float(values.min())) > limit:
+                raise ProtocolError(
+                    "reply.bound", "a sum is beyond what its sites may send", field=name,
+                    remedy="a site does not keep the protocol: do not go on with it",
+                )  # fmt: skip
+        return sums

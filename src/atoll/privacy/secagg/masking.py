@@ -16,7 +16,7 @@ Messages, four exchanges a round:
 What each party learns: the coordinator the sum over the survivors and who they are; nobody anything else. A share or
 key that does not match what was signed is refused.
 Threat model: curious coordinator and fewer than the threshold t of colluding sites, t > n/2; active coordinator,
-t > 2n/3. Sites may send wrong vectors: the sum is then wrong, within its bounds. n is the roster's size, so that a
+t > 2n/3. Sites may send wrong vectors: the sum is then wrong, within its bounds, or refused. n is the roster's size: a
 coordinator cannot split the cohort in parts that it sums one by one. The colluding learn the sum over the others.
 Dropout: at any step down to the threshold the survivors' sum comes out of the same round. A vector that arrives after
 the set is signed stays hidden: only its pair masks are known. A round begun anew has new keys, and a site signs the

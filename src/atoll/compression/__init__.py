@@ -1,0 +1,1 @@
+"""Fewer bytes for an update, in ways that sums survive."""
