@@ -369,6 +369,48 @@ def test_seed_and_errors_for_machines(study: Study) -> None:
     assert shown["error"] == "PlanError" and shown["field"] == "run.seed" and "run.seed" in done.stderr
 
 
+# ---------------------------------------------------------------- protection and privacy
+
+
+def test_check_estimates_every_protection(study: Study) -> None:
+    found = json.loads(study.check("--json", code=0))["protections"]
+    assert {cost["protection"] for cost in found} == {"plain", "secagg", "paillier", "ckks"}
+    able = [cost for cost in found if not cost["refused"]]
+    assert {"plain", "secagg", "paillier"} <= {cost["protection"] for cost in able} and able == found[: len(able)]
+    assert all(cost["seconds"] > 0 < cost["bytes"] for cost in able)
+    assert [cost["seconds"] for cost in able] == sorted(cost["seconds"] for cost in able)
+    size = {cost["protection"]: cost["bytes"] for cost in able}
+    assert size["plain"] < size["secagg"] < size["paillier"]
+    told = study.check(code=0)
+    assert "estimates for 3 sites" in told and told.count("recommended") == 1 and told.count("chosen") == 1
+
+
+@pytest.mark.parametrize(
+    ("privacy", "told"),
+    [
+        ({"unit": "record", "epsilon": 0, "delta": 1e-6}, "privacy.epsilon"),
+        ({"epsilon": 1, "delta": 1e-6}, "privacy.unit"),
+        ({"unit": "record", "epsilon": 1, "delta": 0}, "delta may be 0 only with laplace or geometric noise"),
+        ({"unit": "record", "epsilon": 1, "delta": 1e-6, "colluding": 3}, "nobody's noise is sure to stay secret"),
+    ],
+)
+def test_check_refuses_a_promise_that_cannot_be_kept(study: Study, privacy: dict[str, Any], told: str) -> None:
+    study.plan(privacy=privacy, protection="secagg")
+    assert told in study.check()
+
+
+def test_a_private_run_says_so_everywhere(study: Study) -> None:
+    study.plan(privacy={"unit": "record", "epsilon": 5, "delta": 0.01}, protection="secagg")
+    result = json.loads(study.run("--json").stdout)
+    privacy = result["privacy"]
+    assert privacy["noised"] and privacy["survivors"] == 3 and privacy["unit"] == "record"
+    assert 4.9 < privacy["spent"] <= privacy["epsilon"] == 5 and "not below 1/180" in privacy["warnings"][0]
+    assert "the coordinator saw only the sum of 3 sites" in privacy["statement"]
+    page = (study.folder / "out" / "report.html").read_text()
+    assert page.index("The numbers on this page carry noise") < page.index("<main") and "not below 1/180" in page
+    assert json.loads((study.folder / "out" / "model" / "model.json").read_text())["privacy"] == privacy
+
+
 # ---------------------------------------------------------------- programs, help
 
 

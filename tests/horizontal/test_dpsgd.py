@@ -52,10 +52,11 @@ class Desk:
         self.told.append((done, total))
 
 
-def task_of(name: str, number: int, weights: Any = None) -> Task:
+def task_of(name: str, number: int, sent: Mapping[str, Any] | None = None) -> Task:
     """The same secret for the same round of the same site."""
-    sent = {} if weights is None else {"weights": weights}
-    return Task(TaskId("0" * 32, number, 0, "reply", name), sent, (0,), lambda label: Stream(number, *name.encode()))
+    return Task(
+        TaskId("0" * 32, number, 0, "reply", name), dict(sent or {}), (0,), lambda label: Stream(number, *name.encode())
+    )
 
 
 def sites(sizes: tuple[int, ...] = (40, 25, 100)) -> dict[str, Table]:
@@ -81,7 +82,7 @@ def run(program: Program, desks: Mapping[str, Desk], start: Any = None, first: i
         if isinstance(item, Round):
             answer, total = handler_of(program, item.name).answer, dict[str, Any]()
             for name, desk in desks.items():
-                reply = as_arrays(answer(program, desk, task_of(name, number, item.send["weights"])), item.reply)  # type: ignore[arg-type]
+                reply = as_arrays(answer(program, desk, task_of(name, number, item.send)), item.reply)  # type: ignore[arg-type]
                 for field, array in reply.items():
                     assert np.abs(array).max() <= (item.reply[field].bound or 0)
                     total[field] = total.get(field, 0) + array
@@ -124,7 +125,7 @@ def test_nothing_but_the_clipped_sum_leaves_and_its_norm_is_declared() -> None:
     assert [item.values.keys() for item in seen if isinstance(item, Metrics)] == [{"gradient_norm_l2"}] * 2
     assert {told for desk in desks.values() for told in desk.told} == {(0, 1)}
     declared = handler_of(program, "gradient").record
-    norms = declared(program, SCHEMA, {})  # type: ignore[misc]
+    norms = declared(program, SCHEMA, {"clip": np.array(0.2)})  # type: ignore[misc]
     assert norms["gradient"].l2 == 0.2
     assert program.sampling_rate == 0.05
     pooled, weights = concatenate(list(sites().values())), np.array([0.1, -2.0, 3.0])
@@ -182,3 +183,23 @@ def test_resuming_from_a_checkpoint_gives_the_same_bits() -> None:
 def test_parameters_that_cannot_be_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
         build("horizontal.dpsgd", {**LINEAR, **change})
+
+
+def test_the_clip_moves_to_the_quantile_of_the_norms() -> None:
+    """Andrew et al. 2021: from far too small, and from far too large, to where half of the rows are below it."""
+    tables, found = sites((300, 300)), []
+    for first in (0.01, 50.0):
+        more = {"rounds": 60, "sampling_rate": 1.0, "expected_rows": 600, "learning_rate": 1e-6, "clip_quantile": 0.5}
+        program: Any = build("horizontal.dpsgd", {**LINEAR, **more, "clip_norm_l2": first})
+        _, seen = run(program, {name: Desk(name, table) for name, table in tables.items()})
+        found.append(float([item for item in seen if isinstance(item, Round)][-1].send["clip"]))
+    model, pooled = program.model(SCHEMA), concatenate(list(tables.values()))
+    examples = model.examples(pooled)
+    norms = [
+        np.linalg.norm(model.loss_and_gradient(model.initial(3), examples.take(np.array([row])))[1])
+        for row in range(len(pooled))
+    ]
+    assert found == pytest.approx([np.median(norms)] * 2, rel=0.15)
+    declared = handler_of(program, "gradient").record
+    told = declared(program, SCHEMA, {"clip": np.array(0.3)})  # type: ignore[misc]
+    assert told["gradient"].l2 == 0.3 and told["votes"].l2 == 0.5 and told["votes"].share < 0.1

@@ -19,7 +19,7 @@ from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Message, decode
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table, hold_out_each
-from atoll.runtime import coordinator
+from atoll.runtime import coordinator, noise
 from atoll.runtime.budget import Budget
 from atoll.runtime.policy import Policy
 from atoll.transport.base import Endpoint, Progress
@@ -318,6 +318,20 @@ def test_entities_are_counted_before_anything_leaves(
     assert federation.journals["s0"].spent("default", Budget()).epsilon == 0
 
 
+def test_entities_are_counted_again_when_the_table_is_read_again(federation: Any) -> None:
+    tables = {f"s{i}": people(federation, range(20), **WHO) for i in range(3)}
+    more = people(federation, [*range(20), 3], **WHO)
+
+    def changed(message: Message) -> Message:
+        federation.sites["s1"]._runs.clear()  # as after a restart
+        federation.sites["s1"]._data = lambda plan: SiteData.of(more, plan, "s1")
+        return attempted(message)
+
+    asking = Asked("s1", changed)
+    federation.run(sums(federation, tables, "plain", privacy={"unit": "entity"}), tables, wrap=asking)
+    assert asking.told[1].meta["code"] == "privacy.entity"
+
+
 @given(st.integers(1, 200), st.integers(0, 199), st.integers(0, 2**40))
 def test_one_row_more_moves_no_other_between_training_and_held_out_rows(rows: int, place: int, seed: int) -> None:
     ids = np.unique(np.random.default_rng(seed).integers(0, 10**6, rows, dtype=np.uint64))
@@ -364,6 +378,7 @@ def test_what_cannot_be_promised_is_refused_before_data_is_read(
     federation.build(tables)
     for site in federation.sites.values():
         monkeypatch.setattr(site, "_data", lambda plan: pytest.fail("data was read"))
+    monkeypatch.setattr(noise, "DRY_ROUNDS", 500)  # of a program that never ends
     if not checked:
         monkeypatch.setattr(coordinator, "noise_of", lambda *_: None)
     federation.submit(sums(federation, tables, params=params, privacy=privacy))

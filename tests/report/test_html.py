@@ -156,3 +156,29 @@ def test_many_sites_do_not_make_an_endless_plot(model_study: Any, closed_world: 
     seen = closed_world(page(result, details))
     assert "The plots show the first 24 sites." in "".join(seen.text)
     assert max(float(str(a["height"])) for a in seen.all("svg")) < 1_500
+
+
+def test_the_page_says_first_who_saw_what_and_whether_numbers_carry_noise(model_study: Any, closed_world: Any) -> None:
+    result, details = model_study
+    told = page(result, details)
+    assert "carry noise" not in "".join(closed_world(told).text)
+    result["privacy"] |= {
+        "protection": "secagg", "statement": "Sums were masked: the coordinator saw only the sum of 3 sites.",
+        "unit": "entity", "epsilon": 0.5, "delta": 1e-6, "mechanism": "discrete_gaussian", "noised": True,
+        "warnings": ["delta is too large"],
+    }  # fmt: skip
+    told = page(result, details)
+    text = "".join(closed_world(told).text)
+    for words in ("saw only the sum of 3 sites", "ε = 0.5, δ = 1.0 × 10⁻⁶ for each entity", "discrete gaussian",
+                  "Warning: delta is too large."):  # fmt: skip
+        assert words in text, words
+    assert told.index("The numbers on this page carry noise") < told.index("<main")
+    sections = {part.split('"')[0]: part for part in told.split('<section id="')[1:]}
+    marked = {name for name, part in sections.items() if "These numbers carry noise" in part}
+    assert marked == set(sections) - {"releases", "traffic", "verify"}
+
+
+def test_nothing_is_promised_of_a_run_that_says_nothing(closed_world: Any) -> None:
+    assert "Protection" not in "".join(closed_world(page({"study": "s"}, {})).text)
+    exact = page({"protection": "plain", "privacy": {"noised": False}}, {})
+    assert "no number carries noise" in "".join(closed_world(exact).text)

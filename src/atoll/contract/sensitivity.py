@@ -21,14 +21,16 @@ from atoll.contract.wire import Array
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """How far one record moves a field: l1 = Σ|change| and l2 = √Σ change², over its elements, at most."""
+    """How far one record moves a field: l1 = Σ|change| and l2 = √Σ change², over its elements, at most. share: of the
+    release's budget, beside the other fields'; noise is the larger the smaller it is."""
 
     l1: float
     l2: float
+    share: float = 1.0
 
     def __mul__(self, times: float) -> Norms:
         """Of *times* records at once (an entity's)."""
-        return Norms(self.l1 * times, self.l2 * times)
+        return Norms(self.l1 * times, self.l2 * times, self.share)
 
 
 def touches(elements: int = 1, each: float = 1.0) -> Norms:

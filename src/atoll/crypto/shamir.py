@@ -69,7 +69,8 @@ def weights(holders: Sequence[int]) -> Bytes:
     np.fill_diagonal(top, 1)
     np.fill_diagonal(bottom, 1)
     logs = (_LOG[top] - _LOG[bottom]).sum(axis=1) % 255
-    return _POWER[logs]
+    found: Bytes = _POWER[logs]
+    return found
 
 
 def combine(shares: Mapping[int, bytes]) -> bytes:

@@ -36,6 +36,11 @@ class Prepared:
         return min((number for number, step in enumerate(self.steps) if step.needs()), default=len(self.steps))
 
     @property
+    def ties(self) -> tuple[str, ...]:
+        """Names of the steps that make one row of several."""
+        return tuple(step.step for step in self.steps if not step.by_row)
+
+    @property
     def anonymises(self) -> bool:
         """Does a step make the table anonymous?"""
         return any(step.step == "anonymise" for step in self.steps)

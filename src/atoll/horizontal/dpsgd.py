@@ -1,7 +1,8 @@
 """DP-SGD over sites: every round is one sum of clipped per-example gradients over a Poisson sample.
 
-Source: Abadi et al. 2016, Deep Learning with Differential Privacy (CCS), Algorithm 1, with the lot drawn at the
-sites: a row is in it with probability ``sampling_rate``, whoever else is, so that the sample of the cohort is
+Sources: Abadi et al. 2016, Deep Learning with Differential Privacy (CCS), Algorithm 1; Andrew, Thakkar, McMahan &
+Ramaswamy 2021, Differentially Private Learning with Adaptive Clipping (NeurIPS). As in the first, with the lot drawn
+at the sites: a row is in it with probability ``sampling_rate``, whoever else is, so that the sample of the cohort is
 a Poisson sample of the pooled rows, and the accounting is that of the subsampled Gaussian mechanism.
 
 Parties: sites and coordinator. Messages: the weights go out; each round is one Sum of Σ clip(∇ℓ). The coordinator
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import Field
 
-from atoll.contract.errors import DisclosureError
+from atoll.contract.errors import DisclosureError, ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, real
 from atoll.contract.schema import TableSchema
@@ -32,7 +33,10 @@ from atoll.contract.sensitivity import Norms, within
 from atoll.contract.wire import Array
 from atoll.models.linear import named
 from atoll.models.model import LearnerParams, Model
+from atoll.privacy.dp.clipping import QuantileClip
 
+VOTES = 0.02
+"""The clip's own share of the budget, where it moves (Andrew et al. 2021: about the same)."""
 PIECE = 1024
 """Rows of a sample whose gradients are added before progress is told."""
 
@@ -43,12 +47,15 @@ class DpSgd:
 
     class Params(LearnerParams):
         """sampling_rate: the probability of each row to be in a round. expected_rows: of all sites together, public.
-        clip_norm_l2: of one row's gradient. decay: the learning rate of round t is learning_rate / (1 + decay · t)."""
+        clip_norm_l2: of one row's gradient; at first, where *clip_quantile* is set: then it moves towards the
+        norm that this share of rows stays below. decay: the learning rate of round t is
+        learning_rate / (1 + decay · t)."""
 
         expected_rows: int = Field(ge=1)
         rounds: int = Field(default=100, ge=1)
         sampling_rate: float = Field(default=0.05, gt=0, le=1)
         clip_norm_l2: float = Field(default=1.0, gt=0)
+        clip_quantile: float | None = Field(default=None, gt=0, lt=1)
         learning_rate: float = Field(default=0.5, gt=0)
         decay: float = Field(default=0.0, ge=0)
         momentum: float = Field(default=0.0, ge=0, lt=1)
@@ -69,33 +76,44 @@ class DpSgd:
         weights = start["weights"] if start else model.initial(cohort.seed)
         velocity = start["velocity"] if start else np.zeros_like(weights)
         history = start["history"].tolist() if start else []
-        fields = {"gradient": real(len(weights), bound=self._bound(cohort.schema), step=p.clip_norm_l2 / 2**20)}
+        clip = QuantileClip(float(start["clip"]) if start else p.clip_norm_l2, p.clip_quantile or 0.5)
+        units, most = p.sampling_rate * p.expected_rows, self._most(cohort.schema)
         for number in range(len(history), p.rounds):
-            total = yield Round("gradient", Sum(), fields, {"weights": weights})
-            mean = total["gradient"] / (p.sampling_rate * p.expected_rows)
+            fields = {"gradient": real(len(weights), bound=clip.norm * most, step=clip.norm / 2**20)}
+            if p.clip_quantile is not None:
+                fields["votes"] = real(bound=most / 2, step=0.5)
+            total = yield Round("gradient", Sum(), fields, {"weights": weights, "clip": np.array(clip.norm)})
+            mean = total["gradient"] / units
+            if p.clip_quantile is not None:
+                clip = clip.updated(float(total["votes"]), units)
             velocity = p.momentum * velocity + mean
             weights = weights - p.learning_rate / (1 + p.decay * number) * velocity
             history.append(float(np.linalg.norm(mean)))
             yield Metrics(number, {"gradient_norm_l2": history[-1]})
             if (number + 1) % p.checkpoint_every == 0:
-                yield Checkpoint({"weights": weights, "velocity": velocity, "history": np.array(history)})
+                state = {"weights": weights, "velocity": velocity, "history": np.array(history)}
+                yield Checkpoint({**state, "clip": np.array(clip.norm)})
         model = model.with_weights(weights)
         return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
 
-    def _bound(self, schema: TableSchema) -> float:
-        """Of the sum's elements: clip · (a sample's size, but once in 10²⁰), which the gate clips to. That moves two
-        sums no further apart, so a record's norm still holds."""
+    def _most(self, schema: TableSchema) -> float:
+        """A sample's size, but once in 10²⁰; the gate clips to it. That moves two sums no further apart, so a record's
+        norm still holds."""
         expected = self.params.sampling_rate * schema.max_rows
-        return self.params.clip_norm_l2 * min(float(schema.max_rows), expected + 10 * math.sqrt(expected) + 50)
+        return min(float(schema.max_rows), expected + 10 * math.sqrt(expected) + 50)
 
     def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
-        return {"gradient": within(self.params.clip_norm_l2, len(self.model(schema).weights))}
+        norms = {"gradient": within(float(sent["clip"]), len(self.model(schema).weights))}
+        return norms if self.params.clip_quantile is None else {**norms, "votes": Norms(0.5, 0.5, VOTES)}
 
     @handler("gradient", record=_per_record)
     def gradient(self, site: SiteView, task: Task) -> Reply:
         """At the site: Σ of the gradients of a Poisson sample's rows, each clipped to the norm."""
         p, model = self.params, self.model(site.table.schema)
         weights, total = task.take("weights", model.weights.shape), np.zeros(model.weights.shape)
+        clip, within_clip = float(task.take("clip", ())), 0.0
+        if clip <= 0:
+            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="clip")
         sample = poisson_sample(len(site.table), p.sampling_rate, task)
         if 0 < len(sample) < site.min_group_size:
             raise DisclosureError(
@@ -103,13 +121,18 @@ class DpSgd:
                 remedy="use a protection that shows only sums, or a higher sampling_rate",
             )  # fmt: skip
         if not len(sample):
-            return {"gradient": total}
+            return self._told(total, 0.0)
         examples = model.examples(site.table)
         for first in range(0, len(sample), PIECE):
             batch = examples.take(sample[first : first + PIECE])
-            total += model.clipped_gradient_sum(weights, batch, p.clip_norm_l2)[0]
+            gradient, clipped, _ = model.clipped_gradient_sum(weights, batch, clip)
+            total += gradient
+            within_clip += len(batch) / 2 - clipped  # ±1/2 a row
             site.progress(0, 1)  # not how far: that would tell the sample's size
-        return {"gradient": total}
+        return self._told(total, within_clip)
+
+    def _told(self, total: Array, votes: float) -> Reply:
+        return {"gradient": total} if self.params.clip_quantile is None else {"gradient": total, "votes": votes}
 
 
 def poisson_sample(num_rows: int, rate: float, task: Task) -> Array:

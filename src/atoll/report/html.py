@@ -62,7 +62,7 @@ def write_report(path: Path, result: Mapping[str, Any], details: Mapping[str, An
 def page(result: Input, details: Input) -> str:
     """The whole page, as text; see :func:`write_report`."""
     study = result.get("study") or "study"
-    parts = [made for make in SECTIONS if (made := make(result, details)) is not None]
+    parts = [record.noisy(result, made) for make in SECTIONS if (made := make(result, details)) is not None]
     style = resources.files("atoll.report").joinpath("report.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -82,7 +82,7 @@ def page(result: Input, details: Input) -> str:
 
 
 def _masthead(study: object, result: Input, details: Input) -> Html:
-    """Study, outcome, key figures, and who, what and how."""
+    """Study, outcome, key figures, what protects people, and who, what and how."""
     sites, found = part(result, "sites"), part(result, "metrics", "federated")
     tiles: list[tuple[Child, Child]] = [
         ("sites", whole(len(sites)) if sites else NOTHING),
@@ -99,7 +99,6 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
         ("Purpose", details.get("purpose")),
         ("Took part", listed(named, 12) if sites else None),
         ("Computation", _code(result.get("program"))),
-        ("Protection", _code(result.get("protection"))),
         ("Ran", TRANSPORTS.get(transport, transport)),
         ("Written", moment(details["created"]) if details.get("created") else None),
     ]
@@ -109,6 +108,7 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
         element("h1", study),
         element("p", outcome(result, details), class_="lede"),
         terms([(name, value) for name, value in tiles if value != NOTHING], "tiles"),
+        record.promise(result),
         terms(facts, "facts two"),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from atoll.report import plots
 from atoll.report.distributions import rows_left_out
@@ -12,6 +13,9 @@ from atoll.report.words import NOTHING, WITHHELD, counted, duration, listed, per
 
 MOST_HISTOGRAMS = 60
 """Histograms in one page; the table has every column."""
+EXACT = ("releases", "traffic", "verify")
+"""Sections that tell nothing of data."""
+NOISY = "These numbers carry noise: that of differential privacy, see above."
 
 
 def statistics(result: Input, details: Input) -> Section | None:
@@ -72,10 +76,10 @@ def _value(value: object) -> str:
 
 def releases(result: Input, details: Input) -> Section | None:
     """What left each site, in words; sites that released the same share one table."""
-    known, privacy = part(details, "releases"), part(result, "privacy")
+    known = part(details, "releases")
     order = {site: place for place, site in enumerate(part(result, "sites"))}
     found = {site: known[site] for site in sorted(known, key=lambda site: order.get(site, len(order)))}
-    if not found and not privacy.get("statement"):
+    if not found:
         return None
     alike: dict[tuple[tuple[object, ...], ...], list[str]] = {}
     for site, items in found.items():
@@ -94,24 +98,44 @@ def releases(result: Input, details: Input) -> Section | None:
         "Records stay where they are. Each site writes every message into its own signed ledger before sending it; "
         "this is what the ledgers list."
     )
-    return Section("releases", "What left each site", [text(said) if found else None, _promise(result), tables])
+    return Section("releases", "What left each site", [text(said), tables])
 
 
-def _promise(result: Input) -> Child:
-    """Protection, what it means, and the privacy loss."""
-    privacy = part(result, "privacy")
-    epsilon = real(privacy.get("epsilon"))
-    loss = "none: no ε is claimed."
+def promise(result: Input) -> Html | None:
+    """Who learned what by the protection, and what differential privacy hides; what a reader must know first."""
+    privacy, unit = part(result, "privacy"), part(result, "privacy").get("unit")
+    epsilon, delta = real(privacy.get("epsilon")), real(privacy.get("delta"))
+    loss: Child = "none: no ε is claimed" + (
+        ", and no number carries noise." if privacy.get("noised") is False else "."
+    )
     if epsilon is not None:
-        loss = f"ε = {significant(epsilon, 3)}" + (f" for each {privacy['unit']}." if privacy.get("unit") else ".")
+        limits = f"ε = {significant(epsilon, 3)}" + ("" if delta is None else f", δ = {significant(delta, 3)}")
+        noise = str(privacy.get("mechanism") or "").replace("_", " ")
+        loss = join(
+            f"{limits}{f' for each {unit}' if unit else ''}. ",
+            element("strong", "The numbers on this page carry noise"),
+            f" ({noise})" if noise else None,
+            ", which hides whether any one of them took part." if unit else ".",
+        )
     named = privacy.get("protection") or result.get("protection")
+    if not named and not privacy:
+        return None
+    warned = privacy.get("warnings") or []
     return element(
         "div",
         text(element("b", "Protection: "), code(named) if named else NOTHING),
         text(privacy["statement"]) if privacy.get("statement") else None,
         text(element("b", "Differential privacy: "), loss),
+        [text(element("b", "Warning: "), f"{warning}.") for warning in warned],
         class_="promise",
     )
+
+
+def noisy(result: Input, made: Section) -> Section:
+    """A section of results, said to be under noise where it is."""
+    if not part(result, "privacy").get("noised") or made.anchor in EXACT:
+        return made
+    return replace(made, content=[element("p", NOISY, class_="note"), *made.content])
 
 
 def _span(sizes: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from atoll.contract.errors import PolicyError
 from atoll.contract.wire import Json
 from atoll.runtime.journal import Journal, not_running
-from atoll.runtime.policy import Policy
+from atoll.runtime.policy import Policy, audited
 
 Progress = Callable[[Mapping[str, Json]], None]
 
@@ -17,7 +17,11 @@ Progress = Callable[[Mapping[str, Json]], None]
 def await_approval(
     journal: Journal, policy: Policy, name: str, run: str, roster: Mapping[str, str], progress: Progress
 ) -> None:
-    """Return once roster and study are approved; raises PolicyError when denied, ProtocolError when closed."""
+    """Return once roster and study are approved; raises PolicyError when denied, or when the policy demands an audit
+    that was not made, ProtocolError when closed."""
+    _, opened, _ = journal.run(run) or ("", {}, "")
+    if journal.status(run) == "pending":
+        policy.check_audit(opened["plan"]["program"], journal.setting(audited(opened["hash"])))
     told = -1.0
     while True:
         status = journal.status(run)

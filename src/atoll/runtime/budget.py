@@ -51,8 +51,8 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """What a release costs: ε of the run so far (inf: it is exact), charged to a data set's budget. question: the
-    digest of what was asked; the same again is the same release."""
+    """What a release costs: ε of the run so far (inf: it is exact), charged to a data set's budget. question:
+    digests of what was asked, and under noise of the bare answer; the same again is the same release."""
 
     run: str
     round: int
@@ -121,7 +121,7 @@ def charge(db: sqlite3.Connection, cost: Charge, today: dt.date) -> None:
     exact = math.isinf(cost.epsilon)
     before = db.execute("SELECT question FROM charged WHERE run = ? AND round = ?", (cost.run, cost.round)).fetchone()
     if before and before[0] != cost.question:  # the same noise under two answers could be subtracted
-        raise _refused("budget.question", "the round was asked before, in other words")
+        raise _refused("budget.question", "the round was asked before in other words, or of other data")
     if before:
         return
     if exact:

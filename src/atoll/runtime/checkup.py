@@ -47,7 +47,7 @@ def check_of(plan: Plan) -> Plan:
 def compared(plan: Plan, sources: Mapping[str, SourceSpec], base: Path) -> list[Finding]:
     """The findings of :func:`check_of` a plan on *sources*, all on this machine."""
     cohort = plan.cohort.model_copy(update={"sites": (), "min_sites": 1})
-    asked = check_of(plan).model_copy(update={"cohort": cohort, "protection": Choice(sum="plain")})
+    asked = check_of(plan).model_copy(update={"cohort": cohort, "protection": Choice(sum="plain"), "privacy": None})
     with tempfile.TemporaryDirectory(prefix="atoll-") as out:
         return findings(run_sandbox(asked, sources, base, Path(out))[0]["output"])
 

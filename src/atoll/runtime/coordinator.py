@@ -20,6 +20,7 @@ from atoll.contract.program import build, handler_of
 from atoll.contract.protection import Exchange, Replies, Terms, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
+from atoll.privacy.dp.release import Noise
 from atoll.runtime.courier import Courier, Flights, all_of, announce, described, session_of, unbroken
 from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
@@ -99,18 +100,21 @@ class _Run:
         self.courier = Courier(owner.transport, run, plan, self.roster)
         self.courier.owe(_owed(owner.store, run))
         self.flights = Flights(self.courier)
-        self.noise = noise_of(plan, len(self.sites))
+        self.noise: Noise | None = None
         self.opened: set[str] = set()
         self.sessions: dict[str, bytes] = {}
         self.absent: dict[str, int] = {}
         self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
+        self.survivors: int | None = None
+        self.singly: set[str] = set()
         self.began = time.monotonic()
 
     # ---------------------------------------------------------------- the generator
 
     async def drive(self) -> dict[str, Any]:
         """Open the study at every site, then run the generator to its end."""
+        self.noise = await asyncio.to_thread(noise_of, self.plan, len(self.sites))
         await self.open()
         store = self.owner.store
         checkpoint = store.checkpoint(self.run)
@@ -135,6 +139,14 @@ class _Run:
                 stored = store.reduced(self.run, number)
                 value = self.replay(item, number, stored) if stored else await self.reduce(item, number)
                 number += 1
+                self.learned(item, value)
+
+    def learned(self, asked: Round, value: Reduced) -> None:
+        """Note for the result what the coordinator saw: sums of how many sites, or single sites' replies."""
+        if isinstance(value, Summed):
+            self.survivors = min(len(value.sites), self.survivors or len(value.sites))
+        elif not isinstance(value, Gathered) or value.sites:
+            self.singly.add(asked.program)
 
     def replay(self, asked: Round, number: int, stored: Message) -> Reduced:
         """A stored reduction, as the generator was sent it the first time."""
@@ -283,7 +295,8 @@ class _Run:
         return summarise(
             self.run, self.plan, outcome, sites={site: self.rows.get(site) for site in self.sites},
             rounds=len(store.rounds(self.run)), seconds=time.monotonic() - self.began,
-            transport=self.owner.transport.name, traffic=asdict(traffic),
+            transport=self.owner.transport.name, traffic=asdict(traffic), noise=self.noise,
+            survivors=self.survivors, singly=self.singly,
         )  # fmt: skip
 
     async def end(

@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atoll.contract.disclosure import Rule, check_groups, judged
@@ -69,6 +69,13 @@ def body_digest(specs: Json, body_sha256: bytes) -> str:
     return hashlib.sha256(b"atoll release 1\0" + canonical_json(specs) + body_sha256).hexdigest()
 
 
+def _sha256(parts: Iterable[memoryview | bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
+
+
 class EgressGate:
     """One per site. Holds the policy and the journal; nothing else may send."""
 
@@ -100,8 +107,10 @@ class EgressGate:
         if shown:  # else the coordinator half checks the cohort's total
             check_groups(arrays, asked.handler.groups, self._policy.min_group_size)
         arrays, clipped = clip(arrays, asked.fields)
-        fields = asked.fields
+        fields, charge = asked.fields, cost.charge
         if noised is not None:
+            # another attempt at the round has the same noise: it must have the same answer under it
+            charge = replace(charge, question=f"{charge.question} {_sha256(body_parts(arrays)[1]).hex()}")
             arrays = noised.noise.add(asked.task.round, arrays, noised.fields, noised.scales, noised.random)
             fields = noised.fields
             arrays, _ = clip(arrays, fields)
@@ -110,7 +119,7 @@ class EgressGate:
         if clipped and not shown:  # how many is the site's own secret then
             log.warning("%s: %d values beyond their bounds were clipped in %s", party.name, clipped, asked.task)
         told_clipped = clipped if shown else None
-        return self._send(asked, arrays, protection, party, state, receipts, told_clipped, cost.charge)
+        return self._send(asked, arrays, protection, party, state, receipts, told_clipped, charge)
 
     def relay(self, asked: Request, protection: Protection, party: Own, receipts: Sequence[Receipt] = ()) -> Message:
         """The release message of a protection's own exchange: keys, shares, signatures, and no reply."""
@@ -123,9 +132,7 @@ class EgressGate:
         charge: Charge | None,
     ) -> Message:  # fmt: skip
         specs, parts = body_parts(arrays)
-        digest = hashlib.sha256()
-        for part in parts:
-            digest.update(part)
+        digest = _sha256(parts)
         size_bytes = sum(len(part) for part in parts)
         if size_bytes > self._policy.max_message_bytes:
             raise too_large()
@@ -142,7 +149,7 @@ class EgressGate:
             "bytes": size_bytes,
             "clipped": clipped,
             "epsilon": charge.epsilon if charge and math.isfinite(charge.epsilon) else None,
-            "digest": body_digest(specs, digest.digest()),
+            "digest": body_digest(specs, digest),
         }
         task = asked.task
         kept = None if protection.reveals else party.state

@@ -40,7 +40,7 @@ min_group_size: 5                            # fewest people behind a released c
 dominant_people: 2                           # a cell is withheld where so few people …
 dominant_share: 0.85                         # … make more than this share of its total
 repeats: refuse                              # the same exact query over nearly the same rows (or: allow)
-min_sites: 3                                 # fewest sites in a study
+min_sites: 3                                 # fewest sites in a study, and survivors in a sum
 share: []                                    # own values that may leave un-summed: rows, metrics
 approval: manual                             # ask the operator about every study (or: automatic)
 budgets:                                     # what each data set may cost, statistics and training together

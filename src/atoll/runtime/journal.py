@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from atoll.contract.errors import IntegrityError, ProtocolError
@@ -355,6 +355,14 @@ class Journal:
                 settle(self._db, run)
                 self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
                 self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
+        self._wipe()
+
+    def _wipe(self) -> None:
+        """The write-ahead log still holds what was deleted: empty it, unless another process is reading just now."""
+        with self._lock, suppress(sqlite3.Error):
+            self._db.execute("PRAGMA busy_timeout=0")
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._db.execute("PRAGMA busy_timeout=30000")
 
     def set_note(self, run: str, note: str) -> None:
         """Tell the site's own operator something about a run, unless it was closed."""

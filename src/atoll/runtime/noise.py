@@ -21,6 +21,7 @@ from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array
+from atoll.data.recipe import Prepared
 from atoll.data.table import Table
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.study import UNDEFINED, study
@@ -47,12 +48,19 @@ def noise_of(plan: Plan, num_sites: int) -> Noise | None:
             "privacy.exact-replies", f"{problems[0].program} asks for single replies, which no shared noise protects",
             field="privacy", remedy="choose a program that needs only sums",
         )  # fmt: skip
+    if plan.privacy.unit != "site" and (ties := Prepared(plan.recipe).ties):
+        raise PlanError(
+            "privacy.tied-rows", f"step {ties[0]} makes one row of several, so that no noise hides one", field="recipe",
+            remedy="leave the step out, prepare the table before, or choose the unit site",
+        )  # fmt: skip
+    single = plan.privacy.unit == "record" or (plan.privacy.unit == "entity" and plan.privacy.rows_per_entity == 1)
     rates, once = [], []
     for number, asked in enumerate(rounds):
         made = build(asked.program, asked.params)
         _declared(plan, made, handler_of(made, asked.name), asked.name)
-        rates.append(float(getattr(made, "sampling_rate", 1.0)))
-        if plan.privacy.unit == "record" and asked.name in getattr(made, "once", ()):
+        # whoever has several rows is in more samples, and in more rounds
+        rates.append(float(getattr(made, "sampling_rate", 1.0)) if single else 1.0)
+        if single and asked.name in getattr(made, "once", ()):
             once.append(number)
     shared, least = not find(plan.protection.sum).reveals, min(plan.cohort.min_sites, num_sites)
     if once and shared and least < num_sites:
@@ -60,7 +68,10 @@ def noise_of(plan: Plan, num_sites: int) -> Noise | None:
             "privacy.tree-dropouts", "shares of a tree of noise need the same sites in every round",
             field="cohort.min_sites", remedy=f"set cohort.min_sites to {num_sites} and on_dropout to fail",
         )  # fmt: skip
-    return Noise(plan.privacy, rates, least, shared=shared, once=once)
+    noise = Noise(plan.privacy, rates, least, shared=shared, once=once)
+    if rates:
+        _ = noise.multipliers  # found now, so that a promise that cannot be kept is refused before data is read
+    return noise
 
 
 def norms_of(

@@ -23,7 +23,7 @@ from atoll.runtime.budget import Charge
 from atoll.runtime.egress import Cost, Noised
 from atoll.runtime.journal import PROTECTION, Journal
 from atoll.runtime.memory import Query, query_key
-from atoll.runtime.noise import noise_of, norms_of
+from atoll.runtime.noise import check_entities, noise_of, norms_of
 from atoll.runtime.party import Own, View
 from atoll.runtime.policy import Policy
 from atoll.runtime.study import Permitted
@@ -60,7 +60,9 @@ class Opened:
     def tables(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
         """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""
         if self._data is None:
-            self._data = self._read(self.plan)
+            data = self._read(self.plan)
+            check_entities(self.plan, data.parts({}))
+            self._data = data
         return self._data.parts(view)
 
     def party(self, task: TaskId, sent: Mapping[str, Array], protection: Protection, meta: Mapping[str, Json]) -> Own:

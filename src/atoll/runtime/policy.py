@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,19 @@ from atoll.contract.settings import read_yaml, validate
 from atoll.runtime.budget import Budget
 
 Shareable = Literal["rows", "metrics"]
+
+
+class AuditRule(BaseModel):
+    """Before a site trains by a plan, ``atoll site audit`` must have got at most this share of the rows attacked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_leak_rate: float = Field(default=0.0, ge=0, le=1)
+
+
+def audited(plan_hash: str) -> str:
+    """Under which name a journal keeps the result of a plan's audit."""
+    return f"audited {plan_hash}"
 
 
 class Policy(BaseModel):
@@ -31,7 +45,8 @@ class Policy(BaseModel):
     share: own values that may leave un-summed. approval: "manual" asks the operator
     about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
     releases are refused. modules: further Python modules whose programs may be loaded. budgets: what a data set may
-    cost (see :class:`atoll.runtime.budget.Budget`), by its name or ``*``.
+    cost (see :class:`atoll.runtime.budget.Budget`), by its name or ``*``. audit: what a plan's audit at this site must
+    have shown before training (None: none is needed).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,6 +65,7 @@ class Policy(BaseModel):
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
     budgets: dict[str, Budget] = Field(default_factory=dict)
+    audit: AuditRule | None = None
 
     def budget(self, dataset: str) -> Budget:
         """Of one data set: its own, else that of ``*``, else the default."""
@@ -94,6 +110,17 @@ class Policy(BaseModel):
         except PolicyError as error:
             problems.append(error)
         refuse_all(PolicyError, "policy.refused", problems)
+
+    def check_audit(self, program: str, result: str) -> None:
+        """Raise PolicyError unless the audit of a plan of *program*, as the journal keeps its *result*, is good enough
+        for training."""
+        if self.audit is None or not program.startswith("horizontal."):
+            return
+        if not result or json.loads(result)["leak_rate"] > self.audit.max_leak_rate:
+            raise PolicyError(
+                "policy.audit", "the plan's audit leaks too much" if result else "the plan was not audited here",
+                field="audit", remedy="the site's operator runs: atoll site audit PLAN",
+            )  # fmt: skip
 
     def check_program(self, name: str, version: str) -> None:
         """Raise PolicyError unless program *name* in *version* may run here."""

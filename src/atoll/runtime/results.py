@@ -7,7 +7,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from atoll import __version__
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.wire import Array, Json
-from atoll.models.linear import LinearModel
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.privacy.dp.release import Noise
 
@@ -28,7 +27,7 @@ PROTECTED = {
     "paillier": SUMMED.replace("masked", "masked and encrypted")
     + " {holder}, which held the key, decrypted masked sums, which tell it nothing, alone or with the coordinator.",
     "ckks": "Sums were encrypted: the coordinator added what it could not read, and learned only the sum of {sites}."
-    " {holder}, which held the key, saw that sum; with the coordinator's help it could have read each site's share.",
+    " {holder}, which held the key, saw that sum. A coordinator that broke the protocol could read a site's share.",
 }
 NOISED = {
     True: " Each site added its share of the noise before its numbers were protected.",
@@ -55,8 +54,10 @@ def to_plain(value: Any) -> Json:
 def summarise(
     run: str, plan: Plan, outcome: Mapping[str, Any], *, sites: Mapping[str, int | None], rounds: int, seconds: float,
     transport: str, traffic: Mapping[str, int], noise: Noise | None = None, survivors: int | None = None,
+    singly: Iterable[str] = (),
 ) -> tuple[dict[str, Json], dict[str, Array]]:  # fmt: skip
-    """(result.json, model arrays) of a run's outcome. survivors: fewest sites in one of its sums."""
+    """(result.json, model arrays) of a run's outcome. survivors: fewest sites in one of its sums.
+    singly: programs that were told single sites' replies."""
     found, evaluation = dict(outcome["result"]), outcome["evaluation"] or {}
     model = found.pop("model", None)
     own = evaluation.get("own", {})
@@ -76,14 +77,14 @@ def summarise(
             "federated": evaluation.get("pooled", {}),
             "per_site": {site: {"federated": own.get(site, {})} for site in sites},
         },
-        "privacy": told_privacy(plan, sites, noise, survivors),
+        "privacy": told_privacy(plan, sites, noise, survivors, tuple(singly)),
         "fitted": outcome["fitted"],
         "preparation": outcome["preparation"],
         "curves": evaluation.get("curves", {}),
     }  # fmt: skip
     arrays: dict[str, Array] = {}
-    if isinstance(model, LinearModel):
-        arrays = {"weights": model.weights, "middle": model.scale.middle, "half": model.scale.half}
+    if model is not None:
+        arrays = model.arrays()
         table = {key: found.pop(key) for key in ("coefficients", "table", "iterations") if key in found}
         result["model"] = {"spec": model.spec(), "converged_rounds": table.pop("iterations", None), **table}
     if "columns" in found:
@@ -94,8 +95,9 @@ def summarise(
 
 
 def told_privacy(
-    plan: Plan, sites: Mapping[str, int | None], noise: Noise | None = None, survivors: int | None = None
-) -> dict[str, Any]:
+    plan: Plan, sites: Mapping[str, int | None], noise: Noise | None = None, survivors: int | None = None,
+    singly: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Who learned what, and what the run tells of one unit: ``privacy`` of result.json.
 
     epsilon, delta: what the plan promises. spent: ε that each site which answered every round was charged.
@@ -107,6 +109,8 @@ def told_privacy(
     statement = PROTECTED.get(chosen.sum, "").format(
         sites=among, holder=f"Site {chosen.key_holder}" if chosen.key_holder else "One of the sites"
     )
+    if singly and chosen.sum != "plain":
+        statement += f" Besides sums, the coordinator saw single sites' replies to {', '.join(sorted(singly))}."
     told: dict[str, Any] = {
         "protection": chosen.sum, "statement": statement, "survivors": survivors, "noised": privacy is not None,
         **dict.fromkeys(("unit", "epsilon", "delta", "mechanism", "spent")), "warnings": [],

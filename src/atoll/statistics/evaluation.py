@@ -147,7 +147,8 @@ class Evaluation:
     def _errors(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
         rows, far = cohort.schema.max_rows, FAR if cohort.exact else 1.0
         bounds = _most(far)
-        fields = {name: real(bound=rows * most, step=fine(rows * most)) for name, most in bounds.items()}
+        bits = 20 if cohort.exact else 0  # the tightest bound of a few numbers is far above what they come to
+        fields = {name: real(bound=rows * most, step=fine(rows * most, bits)) for name, most in bounds.items()}
         total = yield Round("errors", Sum(), {"rows": count(bound=rows), **fields}, {**send, "far": np.array(far)})
         _, half = _middle(cohort.schema, model.target)
         sums = {name: float(total[name]) for name in bounds}

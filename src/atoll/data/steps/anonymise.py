@@ -39,6 +39,8 @@ class Anonymise(Step):
     cannot be hidden are left out, and counted.
     """
 
+    by_row = False
+
     columns: Names = Field(min_length=1)
     k: int = Field(ge=2)
     l: int = Field(default=1, ge=1)  # noqa: E741

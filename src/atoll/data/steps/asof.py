@@ -24,6 +24,8 @@ class AsOf(Step):
     new columns; "" replaces those there are. Rows without a time get no value.
     """
 
+    by_row = False
+
     on: str
     by: Names = ()
     value: Names = Field(min_length=1)

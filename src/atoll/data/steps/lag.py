@@ -39,6 +39,8 @@ class Lag(Step):
         hold, needed for sums, whose bounds derive from it; sums of more are missing.
     """
 
+    by_row = False
+
     columns: Names = Field(min_length=1)
     on: str
     by: Names = ()

@@ -37,6 +37,8 @@ class Resample(Step):
     most: rows that a bin may hold, needed for sums, whose bounds derive from it; more are refused.
     """
 
+    by_row = False
+
     on: str
     by: Names = ()
     every: Duration

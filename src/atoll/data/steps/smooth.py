@@ -39,6 +39,8 @@ class Smooth(Step):
     The last two pass over missing cells, and what overshoots the schema's range is moved to its end.
     """
 
+    by_row = False
+
     columns: Names = Field(min_length=1)
     method: Literal["median", "hampel", "lowpass", "exponential"]
     on: str

@@ -136,7 +136,8 @@ class Noise:
             )  # fmt: skip
         kind: Literal["l1", "l2"] = "l1" if self.norm == "l1" else "l2"
         multiplier, steps, grid = self.multipliers[number], dict[str, float](), dict[str, Norms]()
-        rough = field_scales(norms, multiplier, norm=kind)
+        split = {name: one.share for name, one in norms.items()}
+        rough = field_scales(norms, multiplier, norm=kind, split=split)
         for name, field in fields.items():
             counts = np.dtype(field.dtype).kind in "iu"
             if not field.step or None in field.shape:
@@ -150,7 +151,7 @@ class Noise:
             steps[name] = field.step * 2.0 ** math.ceil(math.log2(finer)) if finer > 1 and not counts else field.step
             size = math.prod(int(n or 0) for n in field.shape)
             grid[name] = on_grid(norms[name], steps[name], size, exact=counts) if norms[name].l2 else Norms(0, 0)
-        scales = field_scales(grid, multiplier, norm=kind)
+        scales = field_scales(grid, multiplier, norm=kind, split=split)
         scales = {
             name: max(scale, self._least(fields[name], len(fields))) if scale else 0 for name, scale in scales.items()
         }
