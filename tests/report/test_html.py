@@ -169,7 +169,7 @@ def test_the_page_says_first_who_saw_what_and_whether_numbers_carry_noise(model_
     }  # fmt: skip
     told = page(result, details)
     text = "".join(closed_world(told).text)
-    for words in ("saw only the sum of 3 sites", "ε = 0.5, δ = 1.0 × 10⁻⁶ for each entity", "discrete gaussian",
+    for words in ("saw only the sum of 3 sites", "ε = 0.500, δ = 1.0 × 10⁻⁶ for each entity", "discrete gaussian",
                   "Warning: delta is too large."):  # fmt: skip
         assert words in text, words
     assert told.index("The numbers on this page carry noise") < told.index("<main")

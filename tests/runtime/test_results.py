@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from atoll.contract.protection import PROTECTIONS
-from atoll.runtime.results import PROTECTED, told_privacy
+from atoll.runtime.results import PROTECTED, Seen, told_privacy
 
 COLUMNS: dict[str, dict[str, Any]] = {"x": {"dtype": "integer", "values": [0, 1]}, "y": {"range": [0, 9]}}
 PRIVACY = {"unit": "record", "epsilon": 2.0, "delta": 1e-6}
@@ -44,7 +44,7 @@ def test_masked_sums(federation: Any) -> None:
 def test_fewest_survivors_are_told(federation: Any) -> None:
     tables = tables_of(federation)
     plan = frequency(federation, tables)
-    found = told_privacy(plan, dict.fromkeys(tables, 40), survivors=3)
+    found = told_privacy(plan, dict.fromkeys(tables, 40), seen=Seen(survivors=3))
     assert "the sum of at least 3 of 4 sites" in found["statement"]
 
 

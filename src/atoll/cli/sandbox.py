@@ -19,6 +19,7 @@ from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
+from atoll.privacy.dp.accounting import delta_warning
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
 from atoll.runtime.estimate import LINK, costs, recommended
@@ -84,6 +85,8 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     sane = {name: spec for name, spec in sources.items() if found["sites"][name]["ok"]}
     warnings = compared(plan, sane, base) if len(sane) > 1 else []
     found["warnings"] = [asdict(warning) for warning in warnings]
+    rows = [int(seen["rows"]) for seen in found["sites"].values() if seen["ok"]]
+    found["privacy_warnings"] = _privacy_warnings(plan, num_sites, sum(rows))
     found["problems"] = [{**error.public(), "where": error.where} for error in problems]
     if machine:
         show.as_json(found)
@@ -98,10 +101,20 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
         ]
         show.rows(("site", "rows", "left out", "table"), lines)
     show.findings(warnings)
+    for warning in found["privacy_warnings"]:
+        show.say(f"warning: {warning}", style="yellow")
     if estimates:
         show.protections(estimates, recommended(estimates), plan.protection.sum, num_sites, LINK)
     refuse_all(PlanError, "check.blocked", problems)
     show.out.print("[green]nothing blocks this plan[/]")
+
+
+def _privacy_warnings(plan: Plan, num_sites: int, num_rows: int) -> list[str]:
+    """What a promise of privacy is worth little for."""
+    if plan.privacy is None:
+        return []
+    warning = delta_warning(plan.privacy.delta, num_sites if plan.privacy.unit == "site" else num_rows)
+    return [warning] if warning else []
 
 
 def _labels(plan: Plan, table: Table) -> set[float]:
@@ -179,6 +192,13 @@ def _tell_result(result: Mapping[str, Any], out: Path) -> None:
         show.rows(("coefficient of", *names), [[row["name"], *_cells(row, names)] for row in table])
     if not result.get("model"):
         tables.tell(result)
+    privacy = result["privacy"]
+    show.say(privacy["statement"])
+    if privacy["noised"]:
+        limits = f"ε = {privacy['epsilon']:g}, δ = {privacy['delta']:g} for each {privacy['unit']}"
+        show.say(f"these numbers carry noise: {limits}", style="bold")
+    for warning in privacy["warnings"]:
+        show.say(f"warning: {warning}", style="yellow")
     wire = result["wire"]
     sent, received = show.size(wire["to_sites_bytes"]), show.size(wire["from_sites_bytes"])
     show.out.print(f"traffic: {sent} to the sites, {received} back")

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from atoll.contract.disclosure import check_groups
-from atoll.contract.errors import AtollError, PlanError, ProtocolError, TransportError, refuse_all
+from atoll.contract.errors import AtollError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.protection import Exchange, Replies, Terms, find
@@ -25,8 +25,8 @@ from atoll.runtime.courier import Courier, Flights, all_of, announce, described,
 from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
-from atoll.runtime.results import summarise
-from atoll.runtime.roster import roster_hash
+from atoll.runtime.results import Seen, summarise
+from atoll.runtime.roster import check_cohort, roster_hash
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -106,8 +106,7 @@ class _Run:
         self.absent: dict[str, int] = {}
         self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
-        self.survivors: int | None = None
-        self.singly: set[str] = set()
+        self.seen = Seen()
         self.began = time.monotonic()
 
     # ---------------------------------------------------------------- the generator
@@ -139,14 +138,7 @@ class _Run:
                 stored = store.reduced(self.run, number)
                 value = self.replay(item, number, stored) if stored else await self.reduce(item, number)
                 number += 1
-                self.learned(item, value)
-
-    def learned(self, asked: Round, value: Reduced) -> None:
-        """Note for the result what the coordinator saw: sums of how many sites, or single sites' replies."""
-        if isinstance(value, Summed):
-            self.survivors = min(len(value.sites), self.survivors or len(value.sites))
-        elif not isinstance(value, Gathered) or value.sites:
-            self.singly.add(asked.program)
+                self.seen.note(item, value)
 
     def replay(self, asked: Round, number: int, stored: Message) -> Reduced:
         """A stored reduction, as the generator was sent it the first time."""
@@ -255,17 +247,7 @@ class _Run:
 
     async def open(self) -> None:
         """Announce the study to every site and wait until each opened it; sites may ask their operator first."""
-        rule = self.plan.cohort
-        if missing := [site for site in self.sites if site not in self.roster]:
-            raise PlanError(
-                "cohort.not-enrolled", "the plan names sites that are not enrolled", field=", ".join(missing),
-                remedy="enrol them, or remove them from cohort.sites",
-            )  # fmt: skip
-        if len(self.sites) < rule.min_sites:
-            raise PlanError(
-                "cohort.too-small", f"the plan demands {rule.min_sites} sites, and {len(self.sites)} are there",
-                field="cohort.min_sites", remedy="enrol more sites, or lower min_sites",
-            )  # fmt: skip
+        check_cohort(self.plan, self.sites, self.roster)
         async with self.owner.ledger_lock:
             body = {"run": self.run, "plan": self.plan.hash, "study": self.plan.name, "roster": self.roster}
             self.owner.ledger.record("opened", body)
@@ -295,8 +277,7 @@ class _Run:
         return summarise(
             self.run, self.plan, outcome, sites={site: self.rows.get(site) for site in self.sites},
             rounds=len(store.rounds(self.run)), seconds=time.monotonic() - self.began,
-            transport=self.owner.transport.name, traffic=asdict(traffic), noise=self.noise,
-            survivors=self.survivors, singly=self.singly,
+            transport=self.owner.transport.name, traffic=asdict(traffic), noise=self.noise, seen=self.seen,
         )  # fmt: skip
 
     async def end(

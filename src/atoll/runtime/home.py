@@ -46,6 +46,7 @@ approval: manual                             # ask the operator about every stud
 budgets:                                     # what each data set may cost, statistics and training together
   "*": {unit: record, epsilon: 10, delta: 1.0e-4, per: year, exact_releases: 10000}
 roster: manual                               # ask the operator about every new identity (or: automatic)
+audit: null                                  # or {max_leak_rate: 0.0}: no training before `atoll site audit PLAN`
 """
 
 

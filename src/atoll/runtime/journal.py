@@ -264,8 +264,10 @@ class Journal:
 
     def _remember(self, query: Query) -> None:
         asked = "SELECT cells, cohort FROM asked JOIN rowset USING (digest) WHERE key = ?"
-        for cells, cohort in self._db.execute(asked, (query.key,)).fetchall():
-            query.check(cells, frozenset(cohort.split()))
+        known = [(cells, frozenset(cohort.split())) for cells, cohort in self._db.execute(asked, (query.key,))]
+        for cells, cohort in known:
+            query.check(cells, cohort)
+        query.check_sums({cohort for cells, cohort in known if cells == query.rows.tobytes()})
         self._db.execute("INSERT OR IGNORE INTO rowset VALUES (?, ?)", (query.digest, query.rows.tobytes()))
         row = (query.key, query.digest, " ".join(sorted(query.cohort)))
         self._db.execute("INSERT OR IGNORE INTO asked VALUES (?, ?, ?)", row)
@@ -325,7 +327,14 @@ class Journal:
         with self.transaction():
             self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
             if status not in OPEN:
-                settle(self._db, run)
+                self._forget_secrets(run)
+        if status not in OPEN:
+            self._wipe()
+
+    def _forget_secrets(self, run: str) -> None:
+        settle(self._db, run)
+        self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
+        self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
 
     def advance(self, run: str, before: str, after: str) -> None:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""
@@ -352,9 +361,7 @@ class Journal:
                 note = "\n".join(filter(None, (note, heard)))
                 self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
                 self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
-                settle(self._db, run)
-                self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
-                self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
+                self._forget_secrets(run)
         self._wipe()
 
     def _wipe(self) -> None:

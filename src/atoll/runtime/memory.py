@@ -79,3 +79,11 @@ class Query:
                 remedy=f"keep the cohort, or change it by {max(self.min_sites, 2)} sites; the operator decides: "
                 "policy.yaml, 'repeats'",
             )
+
+    def check_sums(self, cohorts: set[frozenset[str]]) -> None:
+        """Raise DisclosureError when sums over two other *cohorts* were told: three can be combined to tell of few."""
+        if self.cohort and len(cohorts - {self.cohort, frozenset()}) > 1:
+            raise DisclosureError(
+                "disclosure.cohort-differencing", "the same was asked before, of two other cohorts",
+                field="repeats", remedy="keep the cohort; the operator decides: policy.yaml, 'repeats'",
+            )  # fmt: skip

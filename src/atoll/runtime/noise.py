@@ -7,8 +7,10 @@ says makes the noise smaller.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,13 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms
-from atoll.contract.wire import Array
+from atoll.contract.wire import Array, to_json
 from atoll.data.recipe import Prepared
 from atoll.data.table import Table
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.study import UNDEFINED, study
 
-DRY_ROUNDS = 100_000
+DRY_ROUNDS = 20_000
 NOBODY = 100
 """What every count is taken for when a study is run dry."""
 
@@ -34,8 +36,15 @@ NOBODY = 100
 def noise_of(plan: Plan, num_sites: int) -> Noise | None:
     """The noise that a plan of differential privacy asks for; None without. Raises PlanError and PrivacyBudgetError
     where its promise cannot be kept."""
+    return None if plan.privacy is None else _noise(to_json(plan.to_json()), num_sites)
+
+
+@lru_cache(maxsize=8)
+def _noise(plan_json: bytes, num_sites: int) -> Noise:
+    """Kept, as calibrating takes seconds."""
+    plan = Plan.from_json(json.loads(plan_json))
     if plan.privacy is None:
-        return None
+        raise PlanError("privacy.none", "the plan promises no privacy")
     rounds, ended = dry(plan)
     if not ended:
         raise PlanError(

@@ -64,7 +64,7 @@ class Policy(BaseModel):
     roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
-    budgets: dict[str, Budget] = Field(default_factory=dict)
+    budgets: dict[str, Budget] = Field(default_factory=lambda: {"*": Budget()})
     audit: AuditRule | None = None
 
     def budget(self, dataset: str) -> Budget:

@@ -193,7 +193,7 @@ def task_of(plan: Plan, seen: Seen, site: str, session: bytes) -> Task:
 def exact_reply(plan: Plan, program: Program, seen: Seen, site: str, table: Table, session: bytes) -> dict[str, Array]:
     """What the handler of *site* answers, before the gate: without noise or masks."""
     parts = Rows(table).parts({})
-    view = View(site, parts, {}, lambda done, total: None, (), 1)
+    view = View(site, parts, {}, lambda *_: None, (), 1)
     handler = handler_of(program, str(seen.asked.meta["name"]))
     return as_arrays(handler.answer(program, view, task_of(plan, seen, site, session)), seen.fields)
 

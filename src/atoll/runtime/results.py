@@ -7,7 +7,8 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from atoll import __version__
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
+from atoll.contract.rounds import Gathered, Reduced, Round, Summed
 from atoll.contract.wire import Array, Json
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.privacy.dp.release import Noise
@@ -53,11 +55,9 @@ def to_plain(value: Any) -> Json:
 
 def summarise(
     run: str, plan: Plan, outcome: Mapping[str, Any], *, sites: Mapping[str, int | None], rounds: int, seconds: float,
-    transport: str, traffic: Mapping[str, int], noise: Noise | None = None, survivors: int | None = None,
-    singly: Iterable[str] = (),
+    transport: str, traffic: Mapping[str, int], noise: Noise | None = None, seen: Seen | None = None,
 ) -> tuple[dict[str, Json], dict[str, Array]]:  # fmt: skip
-    """(result.json, model arrays) of a run's outcome. survivors: fewest sites in one of its sums.
-    singly: programs that were told single sites' replies."""
+    """(result.json, model arrays) of a run's outcome."""
     found, evaluation = dict(outcome["result"]), outcome["evaluation"] or {}
     model = found.pop("model", None)
     own = evaluation.get("own", {})
@@ -77,7 +77,7 @@ def summarise(
             "federated": evaluation.get("pooled", {}),
             "per_site": {site: {"federated": own.get(site, {})} for site in sites},
         },
-        "privacy": told_privacy(plan, sites, noise, survivors, tuple(singly)),
+        "privacy": told_privacy(plan, sites, noise, seen or Seen()),
         "fitted": outcome["fitted"],
         "preparation": outcome["preparation"],
         "curves": evaluation.get("curves", {}),
@@ -94,9 +94,24 @@ def summarise(
     return to_plain(result), arrays
 
 
+@dataclass
+class Seen:
+    """What the coordinator saw of a run. survivors: fewest sites in a sum; singly: programs that were told single sites'
+    replies."""
+
+    survivors: int | None = None
+    singly: set[str] = field(default_factory=set)
+
+    def note(self, asked: Round, value: Reduced) -> None:
+        """One reduction more."""
+        if isinstance(value, Summed):
+            self.survivors = min(len(value.sites), self.survivors or len(value.sites))
+        elif not isinstance(value, Gathered) or value.sites:
+            self.singly.add(asked.program)
+
+
 def told_privacy(
-    plan: Plan, sites: Mapping[str, int | None], noise: Noise | None = None, survivors: int | None = None,
-    singly: Sequence[str] = (),
+    plan: Plan, sites: Mapping[str, int | None], noise: Noise | None = None, seen: Seen | None = None
 ) -> dict[str, Any]:  # fmt: skip
     """Who learned what, and what the run tells of one unit: ``privacy`` of result.json.
 
@@ -104,6 +119,8 @@ def told_privacy(
     survivors: fewest sites in a sum. warnings: of a promise that is worth little.
     """
     privacy, chosen = plan.privacy, plan.protection
+    seen = seen or Seen()
+    survivors, singly = seen.survivors, seen.singly
     fewest = len(sites) if survivors is None else survivors
     among = f"{fewest} sites" if fewest == len(sites) else f"at least {fewest} of {len(sites)} sites"
     statement = PROTECTED.get(chosen.sum, "").format(

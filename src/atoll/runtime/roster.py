@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from atoll.contract.errors import ProtocolError
+from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.plan import Plan
 from atoll.contract.wire import Json, canonical_json
 from atoll.crypto.pki import check_name
 
@@ -21,3 +22,17 @@ def read_roster(announced: Json) -> dict[str, str]:
     if not isinstance(announced, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(k)) for k in announced.values()):
         raise ProtocolError("roster.malformed", "the announced roster is not one of sites and keys", field="roster")
     return {check_name(str(site)): str(key) for site, key in announced.items()}
+
+
+def check_cohort(plan: Plan, sites: Sequence[str], roster: Mapping[str, str]) -> None:
+    """Raise PlanError when a site is not enrolled, or there are fewer than the plan demands."""
+    if missing := [site for site in sites if site not in roster]:
+        raise PlanError(
+            "cohort.not-enrolled", "the plan names sites that are not enrolled", field=", ".join(missing),
+            remedy="enrol them, or remove them from cohort.sites",
+        )  # fmt: skip
+    if len(sites) < plan.cohort.min_sites:
+        raise PlanError(
+            "cohort.too-small", f"the plan demands {plan.cohort.min_sites} sites, and {len(sites)} are there",
+            field="cohort.min_sites", remedy="enrol more sites, or lower min_sites",
+        )  # fmt: skip

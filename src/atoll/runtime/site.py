@@ -127,7 +127,7 @@ class Site:
                  "protection": plan.protection.sum, "roster": announced["roster_hash"]},
             )  # fmt: skip
             self._journal.start_run(run, plan, self._policy.budget(plan.dataset))
-        told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share else ""
+        told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share and plan.privacy is None else ""
         public = Session(self._journal.session(run)).public
         signed = public + self._identity.sign(claim(run, announced["roster_hash"], self.name, public))
         answer = {"re": message.meta["id"], "rows": int(told) if told else None, "session": signed.hex()}
