@@ -17,7 +17,7 @@ from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import AtollError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
-from atoll.contract.protection import Exchange, Replies, Terms, find
+from atoll.contract.protection import Exchange, Replies, find
 from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
 from atoll.privacy.dp.release import Noise
@@ -26,7 +26,7 @@ from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import Seen, summarise
-from atoll.runtime.roster import check_cohort, roster_hash
+from atoll.runtime.roster import check_cohort
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -169,13 +169,12 @@ class _Run:
         self, asked: Round, number: int, sites: tuple[str, ...], replies: dict[str, list[Incoming]]
     ) -> Summed:
         """Carry the protection's exchanges until it has the sum."""
-        protection, choice = find(self.plan.protection.sum), self.plan.protection
+        protection, fields = find(self.plan.protection.sum), asked.reply
         attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
-        least, keys = self.plan.cohort.min_sites, {s: bytes.fromhex(k) for s, k in sorted(self.roster.items())}
         question = "" if protection.reveals else question_digest(described(asked), asked.send)
-        terms = Terms(self.run, number, attempt, keys, roster_hash(self.roster), least, choice, question)
-        made = build(asked.program, asked.params)
-        fields = asked.reply if self.noise is None else with_room(self.noise, self.plan, made, asked, number)
+        terms = self.courier.terms(number, attempt, question)
+        if self.noise is not None:
+            fields = with_room(self.noise, self.plan, asked, number)
         combining = protection.combine(replace(asked, reply=fields), sites, terms, self.sessions)
         step: Exchange | Summed = next(combining)
         while isinstance(step, Exchange):
@@ -187,7 +186,8 @@ class _Run:
         if self.noise is not None:
             return replace(step, arrays=not_negative(step.arrays, asked.reply))
         if not protection.reveals:
-            check_groups(step.arrays, handler_of(made, asked.name).groups, self.plan.run.min_group_size)
+            groups = handler_of(build(asked.program, asked.params), asked.name).groups
+            check_groups(step.arrays, groups, self.plan.run.min_group_size)
         return step
 
     async def finish(

@@ -10,7 +10,7 @@ from typing import Any
 from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
-from atoll.contract.protection import OWN, REPLY, Exchange
+from atoll.contract.protection import OWN, REPLY, Exchange, Terms
 from atoll.contract.rounds import Arrival, Field, Round, Sum, TaskId
 from atoll.contract.wire import Head, Json, Message
 from atoll.crypto.session import SIGNED_BYTES
@@ -27,7 +27,13 @@ class Courier:
         """roster: the cohort's public keys (hex) by site."""
         self._transport, self._run, self._plan = transport, run, plan
         self._roster, self._plan_hash, self._roster_hash = dict(roster), plan.hash, roster_hash(roster)
+        self._keys = {site: bytes.fromhex(key) for site, key in sorted(roster.items())}
         self._owed: dict[str, list[Json]] = {}
+
+    def terms(self, number: int, attempt: int, question: str) -> Terms:
+        """What all parties agree on before a round."""
+        least, choice = self._plan.cohort.min_sites, self._plan.protection
+        return Terms(self._run, number, attempt, self._keys, self._roster_hash, least, choice, question)
 
     def owe(self, receipts: Mapping[str, list[Json]]) -> None:
         """Sites are to be sent these receipts with what they are sent next."""

@@ -11,12 +11,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from atoll.contract.errors import AtollError, PlanError, SchemaError
 from atoll.contract.plan import Plan
+from atoll.contract.privacy import Privacy
 from atoll.contract.program import Handler, Program, build, handler_of
 from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
@@ -43,8 +44,7 @@ def noise_of(plan: Plan, num_sites: int) -> Noise | None:
 def _noise(plan_json: bytes, num_sites: int) -> Noise:
     """Kept, as calibrating takes seconds."""
     plan = Plan.from_json(json.loads(plan_json))
-    if plan.privacy is None:
-        raise PlanError("privacy.none", "the plan promises no privacy")
+    privacy = cast(Privacy, plan.privacy)
     rounds, ended = dry(plan)
     if not ended:
         raise PlanError(
@@ -57,12 +57,12 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
             "privacy.exact-replies", f"{problems[0].program} asks for single replies, which no shared noise protects",
             field="privacy", remedy="choose a program that needs only sums",
         )  # fmt: skip
-    if plan.privacy.unit != "site" and (ties := Prepared(plan.recipe).ties):
+    if privacy.unit != "site" and (ties := Prepared(plan.recipe).ties):
         raise PlanError(
             "privacy.tied-rows", f"step {ties[0]} makes one row of several, so that no noise hides one", field="recipe",
             remedy="leave the step out, prepare the table before, or choose the unit site",
         )  # fmt: skip
-    single = plan.privacy.unit == "record" or (plan.privacy.unit == "entity" and plan.privacy.rows_per_entity == 1)
+    single = privacy.unit == "record" or (privacy.unit == "entity" and privacy.rows_per_entity == 1)
     rates, once = [], []
     for number, asked in enumerate(rounds):
         made = build(asked.program, asked.params)
@@ -77,7 +77,7 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
             "privacy.tree-dropouts", "shares of a tree of noise need the same sites in every round",
             field="cohort.min_sites", remedy=f"set cohort.min_sites to {num_sites} and on_dropout to fail",
         )  # fmt: skip
-    noise = Noise(plan.privacy, rates, least, shared=shared, once=once)
+    noise = Noise(privacy, rates, least, shared=shared, once=once)
     if rates:
         _ = noise.multipliers  # found now, so that a promise that cannot be kept is refused before data is read
     return noise
@@ -116,8 +116,9 @@ def check_entities(plan: Plan, tables: Sequence[Table]) -> None:
         )  # fmt: skip
 
 
-def with_room(noise: Noise, plan: Plan, program: Program, asked: Round, number: int) -> dict[str, Field]:
+def with_room(noise: Noise, plan: Plan, asked: Round, number: int) -> dict[str, Field]:
     """A round's fields as they are with noise in them: what the coordinator expects of its sum."""
+    program = build(asked.program, asked.params)
     norms = norms_of(plan, program, asked.name, asked.schema, asked.reply, asked.send)
     return noise.fitted(number, asked.reply, norms)[0]
 

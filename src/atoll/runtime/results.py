@@ -96,8 +96,8 @@ def summarise(
 
 @dataclass
 class Seen:
-    """What the coordinator saw of a run. survivors: fewest sites in a sum; singly: programs that were told single sites'
-    replies."""
+    """What the coordinator saw of a run. survivors: fewest sites in a sum; singly: programs whose replies it saw
+    site by site."""
 
     survivors: int | None = None
     singly: set[str] = field(default_factory=set)
