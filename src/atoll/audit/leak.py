@@ -89,11 +89,11 @@ def similarities(true: Tensor, others: Tensor) -> Floats:
 @dataclass(frozen=True, slots=True)
 class Criterion:
     """When an image counts as reconstructed. ssim: at least; margin: by which share the reconstruction must lessen the
-    dissimilarity (1 − SSIM) that the nearest public image leaves: 0 is "closer than it", 0.5 is "halves it". At 0,
-    pictures drawn from the prior alone pass for one in ten samples of a large batch; at 0.2 they do not."""
+    dissimilarity (1 − SSIM) that the nearest public image leaves: 0 is "closer than it", 0.5 is "halves it". Of
+    384 X-rays in batches of 64, pictures of the prior alone passed for 50 at 0, for 8 at 0.2, and for none at 0.3."""
 
     ssim: float = 0.5
-    margin: float = 0.2
+    margin: float = 0.3
 
     def met(self, found: Floats, nearest: Floats) -> NDArray[np.bool_]:
         """For each sample: by its reconstruction's SSIM and its nearest public image's."""

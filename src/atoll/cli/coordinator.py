@@ -18,7 +18,7 @@ from atoll.runtime.checkup import check_of, findings
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome
 from atoll.runtime.results import details, write_json, write_model
 from atoll.runtime.serve import CoordinatorServer, settle, until_ended
-from atoll.runtime.study import check_plan
+from atoll.runtime.study import check_plan, settled
 
 app = typer.Typer(help="Set up, run and operate the coordinator.", no_args_is_help=True)
 Home = Annotated[Path, typer.Option("--home", envvar="ATOLL_COORDINATOR", help="The coordinator's folder.")]
@@ -111,8 +111,7 @@ def submit(
     load_installed()
     plan = Plan.load(plan_file)
     check_plan(plan)
-    if check:
-        plan = check_of(plan)
+    plan = settled(check_of(plan) if check else plan)
     store = CoordinatorHome(home).store()
     sites = plan.cohort.sites or tuple(store.roster())
     if len(sites) < plan.cohort.min_sites:

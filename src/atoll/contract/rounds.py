@@ -71,7 +71,7 @@ class Field:
     def check_values(self, name: str, values: Array, *, undefined: bool = False) -> None:
         """As :meth:`check_finite`, and for elements beyond the bound (to the accuracy of float32)."""
         self.check_finite(name, values, undefined=undefined)
-        if self.bound is not None and values.size and values.dtype.kind in "fi":
+        if self.bound is not None and values.size and values.dtype.kind in "fiu":
             limit = self.bound * (1 + 1e-6)
             if float(values.max()) > limit or float(values.min()) < -limit:
                 raise ProtocolError(
@@ -278,7 +278,8 @@ class TaskId:
         """From a message's meta; raises ProtocolError when a part is missing or of the wrong type."""
         match meta:
             case {"run": str(run), "round": int(n), "attempt": int(attempt), "step": str(step), "site": str(site)}:
-                return TaskId(run, n, attempt, step, site)
+                if type(n) is int and type(attempt) is int and n >= 0 and attempt >= 0:
+                    return TaskId(run, n, attempt, step, site)
         raise ProtocolError("task.malformed", "a message does not say which task it belongs to")
 
 
@@ -356,10 +357,11 @@ def clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[st
     bounded: dict[str, Array] = {}
     for name, array in arrays.items():
         bound = fields[name].bound
-        if bound is not None and array.dtype.kind in "fi" and array.size:
-            beyond = int(((array > bound) | (array < -bound)).sum())  # abs(-2**63) is negative
+        if bound is not None and array.dtype.kind in "fiu" and array.size:
+            low = 0 if array.dtype.kind == "u" else -bound  # abs(-2**63) is negative
+            beyond = int(((array > bound) | (array < low)).sum())
             if beyond:
-                array = np.clip(array, -bound, bound).astype(array.dtype)
+                array = np.clip(array.astype(np.float64), low, bound).astype(array.dtype)
             clipped += beyond
         bounded[name] = array
     return bounded, clipped

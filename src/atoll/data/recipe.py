@@ -38,7 +38,7 @@ class Prepared:
     @property
     def ties(self) -> tuple[str, ...]:
         """Names of the steps that make one row of several."""
-        return tuple(step.step for step in self.steps if not step.by_row)
+        return tuple(step.step for step in [*self.clean, *self.steps] if not step.by_row)
 
     @property
     def anonymises(self) -> bool:

@@ -29,7 +29,7 @@ class SiteData:
     """
 
     def __init__(self, base: Frame | Table, plan: Plan, prepared: Prepared, site: str) -> None:
-        self._base, self._prepared = base, prepared
+        self._base, self._prepared, self._noised = base, prepared, plan.privacy is not None
         self._views: dict[bytes, tuple[Table, Table]] = {}
         self._first = prepared.first_fitted
         self._table: Table | None = None
@@ -78,6 +78,7 @@ class SiteData:
                 frame = self._base if isinstance(self._base, Frame) else Frame.of(table, Engine())
                 self._base = frame
                 table = self._prepared.prepare(frame, view, self._first).to_table()
+                table = table.within() if self._noised else table  # what was fitted comes from the coordinator
             if len(self._views) > 1:  # the last two are enough: a study goes on from one to the next
                 del self._views[next(iter(self._views))]
             self._views[key] = table.parts()

@@ -46,8 +46,11 @@ class Step(BaseModel):
 
     step: str
     cleans: ClassVar[bool] = False
-    by_row: ClassVar[bool] = True
-    """Does one row of the source change one row at most? Else no noise hides a row."""
+
+    @property
+    def by_row(self) -> bool:
+        """Does one row of the source change one row at most? Else no noise hides a row."""
+        return True
 
     def reads(self) -> tuple[str, ...] | None:
         """Columns of the source, besides the contract's, that a cleaning step uses where they are there; None: it

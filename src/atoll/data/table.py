@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -101,6 +101,14 @@ class Table:
             columns = Selected(self.columns, mask)
         marked = None if self.marked is None else self.marked[mask]
         return Table(self.schema, columns, held_out, self.dropped, marked, self.achieved)
+
+    def within(self) -> Table:
+        """Numeric columns clipped to the schema's ranges: what a sensitivity is derived from."""
+        bounded = dict(self.columns)
+        for name in self.schema.numeric_columns():
+            low, high = self.schema.columns[name].bounds()
+            bounded[name] = np.clip(self[name], low, high)
+        return replace(self, columns=bounded)
 
     def parts(self) -> tuple[Table, Table]:
         """(training rows, held-out rows)."""

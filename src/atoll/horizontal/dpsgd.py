@@ -123,12 +123,12 @@ class DpSgd:
         if not len(sample):
             return self._told(total, 0.0)
         examples = model.examples(site.table)
+        site.progress(0, 1)  # once: how far would tell the sample's size
         for first in range(0, len(sample), PIECE):
             batch = examples.take(sample[first : first + PIECE])
             gradient, clipped, _ = model.clipped_gradient_sum(weights, batch, clip)
             total += gradient
             within_clip += len(batch) / 2 - clipped  # ±1/2 a row
-            site.progress(0, 1)  # not how far: that would tell the sample's size
         return self._told(total, within_clip)
 
     def _told(self, total: Array, votes: float) -> Reply:

@@ -77,7 +77,8 @@ class FedAvg:
     def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
         p, rows = self.params, schema.max_rows
         size = len(p.compress.support(self.model(schema).weights, 0, 0))
-        norm = min(p.clip * size**0.5, p.clip_norm_l2 or np.inf)
+        rounding = size**0.5 * p.compress.step(p.clip) if p.compress.bits else 0.0
+        norm = min(p.clip * size**0.5, (p.clip_norm_l2 or np.inf) + rounding)
         return {"weights": within(norm, size) * rows, "loss": touches(1, p.clip) * rows, "weight": touches(1, rows)}
 
     @handler("train", groups=("weight",), site=_per_site)

@@ -160,8 +160,10 @@ class LinearModel:
         eta = x @ weights
         error = self.mean(eta) - y
         norms = np.abs(error) * np.sqrt(np.einsum("ij,ij->i", x, x))
-        clipped = x.T @ (error * (clip_norm_l2 / np.maximum(norms, clip_norm_l2)))
-        return clipped, int((norms > clip_norm_l2).sum()), float(self.loss(eta, y).sum())
+        known = np.isfinite(norms)  # a row that overflows counts as nothing: a failure would tell of it
+        scale = clip_norm_l2 / np.maximum(np.where(known, norms, 0), clip_norm_l2)
+        clipped = x.T @ (np.where(known, error, 0) * scale)
+        return clipped, int((~known | (norms > clip_norm_l2)).sum()), float(self.loss(eta, y).sum())
 
     # -- as it travels and is stored
 

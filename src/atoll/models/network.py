@@ -171,6 +171,8 @@ class Network:
         with torch.no_grad():
             layers = {id(c[0]): _Layer(c[0], c[1], g) for c, g in zip(calls, slopes, strict=True)}
             norms = torch.stack([layer.squares for layer in layers.values()]).sum(0).sqrt()
+            if not norms.isfinite().all():  # a row that overflows counts as nothing: a failure would tell of it
+                return self._by_func(batch, clip)
             factor = clip / (norms * SLACK).clamp(min=clip)
             parts = {id(p): s for layer in layers.values() for p, s in layer.sums(factor)}
             sums = flat([parts.get(id(p), torch.zeros_like(p)) for p in self.net.parameters()])
@@ -189,6 +191,8 @@ class Network:
         gradients, losses = each(weights, wanted, *tensors)
         found = torch.cat([g.flatten(1) for g in gradients.values()], 1)
         norms = found.norm(dim=1)
+        lost = ~norms.isfinite()
+        found[lost], norms = 0, torch.where(lost, torch.inf, norms)
         factor = clip / (norms * SLACK).clamp(min=clip)
         return (factor @ found).double().numpy(), int((norms > clip).sum()), float(losses.sum())
 

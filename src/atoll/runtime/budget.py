@@ -138,6 +138,14 @@ def charge(db: sqlite3.Connection, cost: Charge, today: dt.date) -> None:
     db.execute("INSERT INTO charged VALUES (?, ?, ?, ?, ?, ?)", row)
 
 
+def forfeit(db: sqlite3.Connection, run: str, today: dt.date) -> None:
+    """The run failed in a way that may tell of the data: all that it reserved counts as spent."""
+    row = db.execute("SELECT dataset, epsilon FROM reserved WHERE run = ?", (run,)).fetchone()
+    if row is not None:
+        day = today.isoformat()
+        db.execute("INSERT OR IGNORE INTO charged VALUES (?, -1, ?, ?, ?, 'forfeit')", (run, row[0], row[1], day))
+
+
 def settle(db: sqlite3.Connection, run: str) -> None:
     """The run ended: what it reserved and did not use is free again."""
     db.execute("UPDATE reserved SET open = 0 WHERE run = ?", (run,))

@@ -21,7 +21,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.crypto.session import Session
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
-from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, reserve, settle, spent
+from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, forfeit, reserve, settle, spent
 from atoll.runtime.memory import Query
 
 OPEN = ("pending", "approved", "running")
@@ -331,10 +331,17 @@ class Journal:
         if status not in OPEN:
             self._wipe()
 
+    def forfeit(self, run: str) -> None:
+        """A run of differential privacy failed on the data: it ends here, and all that it reserved is spent."""
+        with self.transaction():
+            forfeit(self._db, run, _today())
+        self.set_status(run, "failed", "a failure under differential privacy: what the run reserved is spent")
+
     def _forget_secrets(self, run: str) -> None:
         settle(self._db, run)
-        self._db.execute("DELETE FROM setting WHERE name = ?", (f"session {run}",))
-        self._db.execute("DELETE FROM state WHERE run = ? AND program = ?", (run, PROTECTION))
+        names = [f"{what} {run}" for what in ("session", "rows", "view")]
+        self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?)", names)
+        self._db.execute("DELETE FROM state WHERE run = ?", (run,))
 
     def advance(self, run: str, before: str, after: str) -> None:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""

@@ -7,6 +7,7 @@ says makes the noise smaller.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from atoll.contract.protection import find
 from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms
-from atoll.contract.wire import Array, to_json
+from atoll.contract.wire import Array, Json, canonical_json, to_json
 from atoll.data.recipe import Prepared
 from atoll.data.table import Table
 from atoll.privacy.dp.release import Noise
@@ -81,6 +82,12 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
     if rates:
         _ = noise.multipliers  # found now, so that a promise that cannot be kept is refused before data is read
     return noise
+
+
+def asked_of(program: str, params: Json, name: str, fields: Mapping[str, Field]) -> str:
+    """What a round asks, as far as its noise was chosen for it: handler, parameters, dtypes and shapes."""
+    told = {field: [declared.dtype, list(declared.shape)] for field, declared in fields.items()}
+    return hashlib.sha256(canonical_json([program, params, name, told])).hexdigest()
 
 
 def norms_of(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build
 from atoll.contract.protection import Protection, Terms
@@ -23,7 +25,7 @@ from atoll.runtime.budget import Charge
 from atoll.runtime.egress import Cost, Noised
 from atoll.runtime.journal import PROTECTION, Journal
 from atoll.runtime.memory import Query, query_key
-from atoll.runtime.noise import check_entities, noise_of, norms_of
+from atoll.runtime.noise import asked_of, check_entities, noise_of, norms_of
 from atoll.runtime.party import Own, View
 from atoll.runtime.policy import Policy
 from atoll.runtime.study import Permitted
@@ -56,6 +58,31 @@ class Opened:
             self._policy.check_program(made.name, made.version)
             self._program = {key: made}
         return self._program[key]
+
+    def check_planned(self, number: int, meta: Mapping[str, Json], fields: Mapping[str, Field]) -> None:
+        """Under privacy, raise PolicyError for single replies and PrivacyBudgetError for what the noise was not chosen
+        for: another handler, dtype or shape than the plan leads to in this round."""
+        if self.noise is None:
+            return
+        if meta["reduce"] != "sum":
+            raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
+        asked = asked_of(str(meta["program"]), meta["params"], str(meta["name"]), fields)
+        if number >= len(self.noise.planned) or self.noise.planned[number] != asked:
+            raise PrivacyBudgetError(
+                "dp.other-question", "the round asks what the plan does not lead to there", field="privacy",
+                remedy="the coordinator does not keep the plan, or has another version: compare versions",
+            )  # fmt: skip
+
+    @contextmanager
+    def paying(self, run: str) -> Iterator[None]:
+        """Under privacy a failure tells something of the data too: the run ends here, and pays all that it reserved."""
+        try:
+            yield
+        except Exception as error:
+            ours = isinstance(error, IntegrityError) or getattr(error, "code", "") == "run.not-open"
+            if self.noise is not None and not ours:
+                self._journal.forfeit(run)
+            raise
 
     def tables(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
         """(training rows, held-out rows) after the recipe as far as it is fitted; kept while the run is open."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from atoll.contract.disclosure import TOP, Rule
 from atoll.contract.errors import AtollError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
+from atoll.contract.program import REGISTRY
 from atoll.contract.settings import read_yaml, validate
 from atoll.runtime.budget import Budget
 
@@ -114,7 +115,8 @@ class Policy(BaseModel):
     def check_audit(self, program: str, result: str) -> None:
         """Raise PolicyError unless the audit of a plan of *program*, as the journal keeps its *result*, is good enough
         for training."""
-        if self.audit is None or not program.startswith("horizontal."):
+        trains = program.startswith("horizontal.") or hasattr(REGISTRY.get(program), "model")
+        if self.audit is None or not trains:
             return
         if not result or json.loads(result)["leak_rate"] > self.audit.max_leak_rate:
             raise PolicyError(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from atoll.contract.errors import AtollError, IntegrityError, PlanError, PolicyError, ProtocolError
+from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import handler_of
 from atoll.contract.protection import REPLY, find, parted
@@ -161,11 +161,10 @@ class Site:
         handler = handler_of(program, name)
         if handler.reduce != meta["reduce"]:
             raise ProtocolError("task.reduction", f"its replies may only be asked for by {handler.reduce}")
-        if opened.noise is not None and handler.reduce != "sum":
-            raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
         fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}
         if sum(declared.size_bytes for declared in fields.values()) > self._policy.max_message_bytes:
             raise too_large()
+        opened.check_planned(task.round, meta, fields)
         protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
         sent, exchanged = parted(message.arrays)
         party, digest = opened.party(task, exchanged, protection, meta), question_digest(meta, message.arrays)
@@ -190,11 +189,12 @@ class Site:
         view = View(self.name, opened.tables(meta["view"]), state, tell, self._policy.share, smallest)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
-        reply = handler.answer(program, view, Task(task, sent, words, opened.random(task.round, "sample")))
-        changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
-        party.query = opened.remembered(message, view, protection)
-        cost = opened.cost(task, program, name, view, fields, sent, question)
-        return self._gate.release(asked, reply, protection, party, cost, state if changed else None, receipts)
+        with opened.paying(task.run):
+            reply = handler.answer(program, view, Task(task, sent, words, opened.random(task.round, "sample")))
+            changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
+            party.query = opened.remembered(message, view, protection)
+            cost = opened.cost(task, program, name, view, fields, sent, question)
+            return self._gate.release(asked, reply, protection, party, cost, state if changed else None, receipts)
 
     def _lock(self, run: str) -> threading.Lock:
         """Tasks of one run are answered one after another."""

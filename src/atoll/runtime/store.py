@@ -24,7 +24,6 @@ from atoll.contract.errors import IntegrityError, PlanError
 from atoll.contract.plan import Plan
 from atoll.contract.wire import Array, Json, Message, decode, encode, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer, entry_line
-from atoll.runtime.study import settled
 
 PART_BYTES = 16 << 20
 _meta = sa.MetaData()
@@ -108,8 +107,8 @@ class RunStore:
     # -- runs
 
     def create_run(self, plan: Plan, sites: Sequence[str]) -> str:
-        """Store a submitted run, its protection written out; returns its random 128-bit id (hex)."""
-        plan, run = settled(plan), secrets.token_hex(16)
+        """Store a submitted run; returns its random 128-bit id (hex)."""
+        run = secrets.token_hex(16)
         with self._begin() as db:
             db.execute(
                 RUNS.insert().values(

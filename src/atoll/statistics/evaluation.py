@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.stats import rankdata
 
-from atoll.contract.errors import PolicyError, SchemaError
+from atoll.contract.errors import PolicyError, ProtocolError, SchemaError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
 from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real
 from atoll.contract.schema import TableSchema
@@ -211,7 +211,7 @@ class Evaluation:
         return {"cells": touches()}
 
     def _per_error(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
-        far = float(sent_array(sent, "far", ()))
+        far = _far(float(sent_array(sent, "far", ())))
         return {"rows": touches(), **{name: touches(1, most) for name, most in _most(far).items()}}
 
     @handler("scores", groups=("rows",), record=_per_score)
@@ -240,7 +240,7 @@ class Evaluation:
     def errors(self, site: SiteView, task: Task) -> Reply:
         """At the site: sums of errors and of the target, and of their squares, over held-out rows."""
         y, p = self._scored(site, task)
-        far, model = float(task.take("far", ())), self._model(site.holdout.schema)
+        far, model = _far(float(task.take("far", ()))), self._model(site.holdout.schema)
         middle, half = _middle(site.holdout.schema, model.target)
         return {"rows": len(y), **_error_sums((y - middle) / half, np.clip((p - middle) / half, -far, far))}
 
@@ -290,6 +290,13 @@ def _middle(schema: TableSchema, target: str) -> tuple[float, float]:
     """(middle, half range) of the target; errors are summed in units of the latter."""
     low, high = feature_bounds(schema, target)
     return (low + high) / 2, (high - low) / 2
+
+
+def _far(far: float) -> float:
+    """One of the two that a plan leads to; another would leave errors without a bound."""
+    if far not in (1.0, FAR):
+        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="far")
+    return far
 
 
 def _most(far: float) -> dict[str, float]:

@@ -39,8 +39,6 @@ class Anonymise(Step):
     cannot be hidden are left out, and counted.
     """
 
-    by_row = False
-
     columns: Names = Field(min_length=1)
     k: int = Field(ge=2)
     l: int = Field(default=1, ge=1)  # noqa: E741
@@ -58,6 +56,10 @@ class Anonymise(Step):
 
     def drops(self) -> tuple[str, ...]:
         return (REASON,)
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def after(self, schema: TableSchema) -> TableSchema:
         if self.sensitive:

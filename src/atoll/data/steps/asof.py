@@ -24,8 +24,6 @@ class AsOf(Step):
     new columns; "" replaces those there are. Rows without a time get no value.
     """
 
-    by_row = False
-
     on: str
     by: Names = ()
     value: Names = Field(min_length=1)
@@ -40,6 +38,10 @@ class AsOf(Step):
         if {self.on, *self.by} & set(self.value):
             raise ValueError("on and by are not joined")
         return self
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def after(self, schema: TableSchema) -> TableSchema:
         check_streams(schema, self.on, self.by)

@@ -31,6 +31,10 @@ class Deduplicate(Step):
             raise ValueError("key and latest go together")
         return self
 
+    @property
+    def by_row(self) -> bool:
+        return not self.key  # a later row of a key takes an earlier one away
+
     def drops(self) -> tuple[str, ...]:
         return (SAME, REPLACED) if self.key else (SAME,)
 

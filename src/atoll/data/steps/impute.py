@@ -87,6 +87,10 @@ class Impute(Step):
         counts = [count or 0 for count in codes["counts"]]
         return codes["values"][counts.index(max(counts))] if max(counts) > 0 else None
 
+    @property
+    def by_row(self) -> bool:
+        return self.method != "forward_fill"
+
     def after(self, schema: TableSchema) -> TableSchema:
         filled, flags = {}, {}
         for name in self.columns:

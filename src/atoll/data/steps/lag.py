@@ -39,8 +39,6 @@ class Lag(Step):
         hold, needed for sums, whose bounds derive from it; sums of more are missing.
     """
 
-    by_row = False
-
     columns: Names = Field(min_length=1)
     on: str
     by: Names = ()
@@ -59,6 +57,10 @@ class Lag(Step):
         if "sum" in self.statistics and not self.most and any(isinstance(w, str) for w in self.windows):
             raise ValueError("sums over durations need most, the rows that one may hold")
         return self
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def after(self, schema: TableSchema) -> TableSchema:
         check_streams(schema, self.on, self.by)

@@ -37,8 +37,6 @@ class Resample(Step):
     most: rows that a bin may hold, needed for sums, whose bounds derive from it; more are refused.
     """
 
-    by_row = False
-
     on: str
     by: Names = ()
     every: Duration
@@ -58,6 +56,10 @@ class Resample(Step):
 
     def drops(self) -> tuple[str, ...]:
         return (WITHOUT,)
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def after(self, schema: TableSchema) -> TableSchema:
         check_streams(schema, self.on, self.by)

@@ -39,8 +39,6 @@ class Smooth(Step):
     The last two pass over missing cells, and what overshoots the schema's range is moved to its end.
     """
 
-    by_row = False
-
     columns: Names = Field(min_length=1)
     method: Literal["median", "hampel", "lowpass", "exponential"]
     on: str
@@ -56,6 +54,10 @@ class Smooth(Step):
         if self.window % 2 == 0:
             raise ValueError("window must be odd: as many rows before as after")
         return self
+
+    @property
+    def by_row(self) -> bool:
+        return False
 
     def after(self, schema: TableSchema) -> TableSchema:
         check_streams(schema, self.on, self.by)

@@ -39,11 +39,13 @@ class Noise:
     """The noise of one run."""
 
     def __init__(
-        self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool, once: Sequence[int] = ()
-    ) -> None:
+        self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool, once: Sequence[int] = (),
+        planned: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         """rates: for each round, the rate of secret Poisson sampling (1: every record takes part). survivors: fewest
         sites in a sum. shared: only sums are seen. once: the rounds of which a record takes part in at most one: their
-        noise is a tree's. Raises PrivacyBudgetError "dp.no-honest-site", PlanError "dp.gaussian-shares", "dp.tree"."""
+        noise is a tree's. planned: what each round asks, as its digest. Raises PrivacyBudgetError
+        "dp.no-honest-site", PlanError "dp.gaussian-shares", "dp.tree"."""
         if once and privacy.mechanism not in ("gaussian", "discrete_gaussian"):
             raise PlanError(
                 "dp.tree", "a tree of noise is of a Gaussian kind", field="privacy.mechanism",
@@ -54,7 +56,7 @@ class Noise:
                 "dp.gaussian-shares", "rounded shares of continuous noise have no proven sum",
                 field="privacy.mechanism", remedy="choose discrete_gaussian",
             )  # fmt: skip
-        self.privacy, self.rates, self.once = privacy, tuple(rates), tuple(once)
+        self.privacy, self.rates, self.once, self.planned = privacy, tuple(rates), tuple(once), tuple(planned)
         self.shares = honest(survivors, privacy.colluding) if shared else 1
         self.norm = "l1" if privacy.mechanism in ("laplace", "geometric") else "l2"
 
@@ -129,7 +131,7 @@ class Noise:
         norms: of one unit. A grid much finer than the noise is made coarser: to GRID steps a scale. Raises PlanError
         where a field has no step, PrivacyBudgetError beyond the planned rounds.
         """
-        if number >= len(self.rates):
+        if not 0 <= number < len(self.rates):
             raise PrivacyBudgetError(
                 "dp.more-releases", f"the plan's budget is for {len(self.rates)} rounds, and this is another",
                 field="privacy", remedy="the program asks for more sums than planned: submit a new plan",
@@ -140,8 +142,8 @@ class Noise:
         rough = field_scales(norms, multiplier, norm=kind, split=split)
         for name, field in fields.items():
             counts = np.dtype(field.dtype).kind in "iu"
-            if not field.step or None in field.shape:
-                raise PlanError("dp.no-step", "noise needs a declared shape and step", field=name)
+            if not field.step or None in field.shape or (counts and field.step != 1):
+                raise PlanError("dp.no-step", "noise needs a declared shape and step, of counts 1", field=name)
             if self.privacy.mechanism == "geometric" and not counts and norms[name].l2:
                 raise PlanError(
                     "dp.geometric-counts", "geometric noise is for counts", field=name,
