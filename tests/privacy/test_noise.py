@@ -400,4 +400,4 @@ def test_a_plan_for_another_number_of_rounds_is_not_answered(federation: Any) ->
 
     asking = Asked("s1", further)
     federation.run(sums(federation, tables, "plain"), tables, wrap=asking)
-    assert asking.told[1].kind == "failure" and asking.told[1].meta["code"] == "dp.more-releases"
+    assert asking.told[1].kind == "failure" and asking.told[1].meta["code"] == "dp.other-question"

@@ -78,7 +78,8 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
             "privacy.tree-dropouts", "shares of a tree of noise need the same sites in every round",
             field="cohort.min_sites", remedy=f"set cohort.min_sites to {num_sites} and on_dropout to fail",
         )  # fmt: skip
-    noise = Noise(privacy, rates, least, shared=shared, once=once)
+    planned = [asked_of(one.program, one.params, one.name, one.reply) for one in rounds]
+    noise = Noise(privacy, rates, least, shared=shared, once=once, planned=planned)
     if rates:
         _ = noise.multipliers  # found now, so that a promise that cannot be kept is refused before data is read
     return noise

@@ -79,8 +79,10 @@ class Opened:
         try:
             yield
         except Exception as error:
-            ours = isinstance(error, IntegrityError) or getattr(error, "code", "") == "run.not-open"
-            if self.noise is not None and not ours:
+            refused = (
+                isinstance(error, IntegrityError | PrivacyBudgetError) or getattr(error, "code", "") == "run.not-open"
+            )
+            if self.noise is not None and not refused:
                 self._journal.forfeit(run)
             raise
 
