@@ -79,10 +79,8 @@ class Opened:
         try:
             yield
         except Exception as error:
-            refused = (
-                isinstance(error, IntegrityError | PrivacyBudgetError) or getattr(error, "code", "") == "run.not-open"
-            )
-            if self.noise is not None and not refused:
+            refused = isinstance(error, IntegrityError | PrivacyBudgetError)
+            if self.noise is not None and not refused and getattr(error, "code", "") != "run.not-open":
                 self._journal.forfeit(run)
             raise
 
