@@ -49,6 +49,7 @@ from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
+from atoll.runtime.study import settled
 from atoll.transport.base import Endpoint, Progress
 from atoll.transport.local import LocalTransport
 
@@ -181,7 +182,7 @@ class Federation:
 
     def submit(self, plan: Plan) -> str:
         """Store a run over all sites (those of the build, in their order); returns its id."""
-        self.run_id = self.store.create_run(plan, plan.cohort.sites or list(self.sites))
+        self.run_id = self.store.create_run(settled(plan), plan.cohort.sites or list(self.sites))
         return self.run_id
 
     def drive(

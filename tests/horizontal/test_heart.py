@@ -105,8 +105,9 @@ def test_its_ledgers_hold_and_nothing_was_clipped(federation: Any, outcome: dict
     ledgers = federation.ledgers()
     assert all(not ledger.unacknowledged for ledger in ledgers.values())
     bodies = federation.releases()
-    assert len(bodies) == 4 * (1 + 1 + outcome["result"]["iterations"] + 2)
-    assert all(body["clipped"] == 0 for body in bodies)
+    assert len(bodies) == 4 * (4 * (1 + 1 + outcome["result"]["iterations"] + 1) + 1)  # a sum has four exchanges
+    assert {body["protection"] for body in bodies if body["reduce"] == "sum"} == {"secagg"}
+    assert all(body["clipped"] in (0, None) for body in bodies)  # None: the site's own secret
 
 
 def test_the_order_of_hospitals_changes_no_more_than_rounding(

@@ -33,6 +33,8 @@ Journal.store_release = dying
 main()
 """
 
+pytestmark = pytest.mark.slow
+
 
 def start_dying(federation: Any, site: str, nth: int) -> None:
     """Start *site* so that it is killed with its *nth* release, between commit and sending."""
