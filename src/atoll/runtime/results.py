@@ -17,6 +17,7 @@ import numpy as np
 from atoll import __version__
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
+from atoll.contract.protection import REPLY
 from atoll.contract.rounds import Gathered, Reduced, Round, Summed
 from atoll.contract.wire import Array, Json
 from atoll.privacy.dp.accounting import delta_warning
@@ -145,6 +146,9 @@ def told_privacy(
     return told
 
 
+OF_PROTECTION = "keys, sealed shares, signatures and opened shares, which tell nothing of the data"
+
+
 def releases(ledger: Path) -> list[dict[str, Any]]:
     """What left a site, from its ledger, alike releases together: program, handler, what, bytes, times."""
     counted: Counter[tuple[str, str, str]] = Counter()
@@ -155,8 +159,11 @@ def releases(ledger: Path) -> list[dict[str, Any]]:
             continue
         body = entry["body"]
         numbers = sum(math.prod(shape) for _, _, shape in body["fields"])
-        what = f"{_in_words(body['program'], body['handler'])} ({numbers} number{'s' if numbers > 1 else ''})"
-        key = (body["program"], body["handler"], what)
+        own = body["step"] != REPLY
+        said = OF_PROTECTION if own else _in_words(body["program"], body["handler"])
+        hidden = "" if own or body["protection"] == "plain" or body["reduce"] != "sum" else ", hidden"
+        what = said if own else f"{said} ({numbers} number{'s' if numbers > 1 else ''}{hidden})"
+        key = (body["protection"] if own else body["program"], "" if own else body["handler"], what)
         counted[key] += 1
         size[key] += body["bytes"]
     return [
