@@ -45,6 +45,7 @@ class Opened:
         self.noise = noise_of(self.plan, len(self.roster))
         self._identity, self._journal, self._policy, self._read = identity, journal, policy, read
         self._secret = journal.session(run)
+        self._session = Session(self._secret)
         self._permitted = Permitted(self.plan)
         self._program: dict[bytes, Program] = {}
         self._data: SiteData | None = None
@@ -98,7 +99,7 @@ class Opened:
         terms = Terms(task.run, task.round, task.attempt, self.roster, self.roster_hash, least, choice, question)
         state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
         me = self._identity
-        return Own(me.name, terms, Session(self._secret), sent, state, me.sign, self._policy)
+        return Own(me.name, terms, self._session, sent, state, me.sign, self._policy)
 
     def random(self, number: int, purpose: str) -> Callable[[str], Stream]:
         """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""

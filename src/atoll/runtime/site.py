@@ -171,7 +171,7 @@ class Site:
         asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest)
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)
-        question = question_digest(meta, sent)
+        question = question_digest(meta, sent) if exchanged else digest
         if not protection.reveals and question != party.terms.question:
             raise ProtocolError(
                 "task.question", "what is asked is not what the round's steps are about", field="question",
