@@ -305,7 +305,9 @@ def test_it_gives_the_same_under_every_protection(
     assert close(plain["evaluation"], hidden["evaluation"], tolerance)
 
 
-@pytest.mark.parametrize("protection", [pytest.param({"sum": "plain"}, id="plain"), *PROTECTIONS_BESIDES_PLAIN])
+@pytest.mark.parametrize(
+    "protection", [pytest.param({"sum": "plain"}, id="plain", marks=pytest.mark.slow), *PROTECTIONS_BESIDES_PLAIN]
+)
 @every_study
 def test_it_runs_with_noise_under_every_protection(
     federation: Any, name: str, params: dict[str, Any], protection: dict[str, Any]
