@@ -40,10 +40,16 @@ class Compression(BaseModel):
     choose: Literal["random", "top"] = "random"
     bits: int | None = Field(default=None, ge=2, le=24)
 
+    def count(self, size: int) -> int:
+        """How many of *size* coordinates are sent in a round."""
+        return max(1, round(self.keep * size))
+
     def support(self, last: Array, seed: int, number: int) -> Indices:
         """The coordinates of round *number*, [k], in order. last: the last change known of each weight, [size]."""
         size = len(last)
-        count = max(1, round(self.keep * size))
+        count = self.count(size)
+        if count == size:
+            return np.arange(size)
         best = np.argsort(-np.abs(last), kind="stable")[: count // 2 if self.choose == "top" else 0]
         rest = np.setdiff1d(np.arange(size), best)
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number, size))))
@@ -53,7 +59,7 @@ class Compression(BaseModel):
     def told(self, task: Task, size: int) -> Indices:
         """The coordinates that came with a task, after checking them; raises ProtocolError."""
         given = task.arrays.get("support")
-        right = given is not None and given.dtype == np.int64 and given.shape == (max(1, round(self.keep * size)),)
+        right = given is not None and given.dtype == np.int64 and given.shape == (self.count(size),)
         if given is None or not right or (np.diff(given) <= 0).any() or given[0] < 0 or given[-1] >= size:
             raise ProtocolError("task.array", "a task's array is not what the handler takes", field="support")
         return given

@@ -361,7 +361,7 @@ def clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[st
             low = 0 if array.dtype.kind == "u" else -bound  # abs(-2**63) is negative
             beyond = int(((array > bound) | (array < low)).sum())
             if beyond:
-                array = np.clip(array.astype(np.float64), low, bound).astype(array.dtype)
+                array = np.clip(array, low, bound).astype(array.dtype)
             clipped += beyond
         bounded[name] = array
     return bounded, clipped

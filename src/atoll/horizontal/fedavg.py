@@ -65,8 +65,8 @@ class FedAvg:
             total = yield Round("train", Sum(), fields, {"weights": weights, "support": support})
             update = Update.from_sum(total, ("weights", "loss"))
             mean = (update if cohort.exact else replace(update, weight=max(update.weight, 1.0))).mean()
-            last[support] = mean["weights"]
-            weights = weights + np.where(np.isin(np.arange(len(weights)), support), last, 0)
+            weights, last[support] = weights.copy(), mean["weights"]
+            weights[support] += last[support]
             history.append(float(mean["loss"]))
             yield Metrics(number, {"loss": history[-1]})
             if (number + 1) % p.checkpoint_every == 0:
@@ -76,7 +76,7 @@ class FedAvg:
 
     def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
         p, rows = self.params, schema.max_rows
-        size = len(p.compress.support(self.model(schema).weights, 0, 0))
+        size = p.compress.count(len(self.model(schema).weights))
         rounding = size**0.5 * p.compress.step(p.clip) if p.compress.bits else 0.0
         norm = min(p.clip * size**0.5, (p.clip_norm_l2 or np.inf) + rounding)
         return {"weights": within(norm, size) * rows, "loss": touches(1, p.clip) * rows, "weight": touches(1, rows)}

@@ -22,7 +22,7 @@ Dropout: at any step down to the threshold the survivors' sum comes out of the s
 the set is signed stays hidden: only its pair masks are known. A round begun anew has new keys, and a site signs the
 same set for it as before, or none: two sums of one round could be subtracted.
 Cost: the fixed-point vector once, 0.2 KB and a share of 92 bytes per neighbour a site; masks for degree + 1 vectors a
-site; five round trips with the handler's.
+site; four round trips, the handler's among them.
 """
 
 from __future__ import annotations
