@@ -7,37 +7,44 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError
-from atoll.privacy.dp import discrete_gaussian, gaussian, laplace
+from atoll.contract.privacy import Privacy
+from atoll.privacy.dp import discrete_gaussian, gaussian, laplace, tree
 from atoll.privacy.dp.accounting import epsilon
-from atoll.privacy.dp.schedule import multipliers, shape
+from atoll.privacy.dp.release import SLACK, Noise
+from atoll.privacy.dp.schedule import shape
 
 EVENTS = {
-    "gaussian": gaussian.event,
-    "sampled": partial(gaussian.event, sampling_rate=0.05),
-    "discrete": partial(discrete_gaussian.event, sampling_rate=0.05),
-    "laplace": laplace.event,
+    "gaussian": ("gaussian", 1.0, gaussian.event),
+    "sampled": ("gaussian", 0.05, partial(gaussian.event, sampling_rate=0.05)),
+    "discrete": ("discrete_gaussian", 0.05, partial(discrete_gaussian.event, sampling_rate=0.05, slack=SLACK)),
+    "laplace": ("laplace", 1.0, laplace.event),
 }
 
 
 @pytest.mark.parametrize("kind", ["constant", "rising", "falling"])
-@pytest.mark.parametrize("mechanism", EVENTS)
-def test_every_schedule_spends_its_total_and_no_more(kind, mechanism):
-    event = EVENTS[mechanism]
-    z = multipliers(2.0, 1e-5, shape(60, kind, 3.0, stages=3), event=event)
+@pytest.mark.parametrize("case", EVENTS)
+def test_every_schedule_spends_its_total_and_no_more(kind, case):
+    mechanism, rate, event = EVENTS[case]
+    privacy = Privacy(unit="record", epsilon=2.0, delta=1e-5, mechanism=mechanism, stages=kind, ratio=3.0)
+    noise = Noise(privacy, [rate] * 60, 1, shared=False)
+    z = list(noise.multipliers)
     total = epsilon([(event(one), 1) for one in z], 1e-5)
     assert 0.98 * 2.0 <= total <= 2.0
     assert len(z) == 60
     ratio = max(z) / min(z)
     assert ratio == pytest.approx(1.0 if kind == "constant" else 3.0)
     assert z == sorted(z, reverse=kind == "falling")
+    assert noise.costs == sorted(noise.costs) and noise.costs[-1] <= 2.0
 
 
 def test_what_else_the_total_pays_for_is_counted():
-    besides = [(gaussian.event(4.0), 1)]
-    z = multipliers(1.5, 1e-5, shape(20, "rising"), besides=besides)
-    total = epsilon([*besides, *((gaussian.event(one), 1) for one in z)], 1e-5)
-    assert 0.98 * 1.5 <= total <= 1.5
-    assert min(z) > min(multipliers(1.5, 1e-5, shape(20, "rising")))
+    privacy = Privacy(unit="record", epsilon=1.5, delta=1e-5, mechanism="gaussian", stages="rising")
+    alone = Noise(privacy, [1.0] * 20, 1, shared=False)
+    beside = Noise(privacy, [1.0] * 28, 1, shared=False, once=range(20, 28))
+    z = beside.multipliers
+    events = [*((gaussian.event(one), 1) for one in z[:20]), (tree.event(z[20], 8), 1)]
+    assert 0.98 * 1.5 <= epsilon(events, 1e-5) <= 1.5
+    assert min(z[:20]) > min(alone.multipliers)
 
 
 @given(

@@ -10,15 +10,9 @@ Budget; Yu, Liu, Pu, Gursoy & Truex 2019, Differentially Private Model Publishin
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
 from typing import Literal
 
-from dp_accounting import DpEvent
-
 from atoll.contract.errors import PlanError
-from atoll.privacy.dp import gaussian
-from atoll.privacy.dp.accounting import Events, calibrate
 
 Kind = Literal["constant", "rising", "falling"]
 
@@ -42,25 +36,3 @@ def shape(
     if kind == "falling":
         steps.reverse()
     return [steps[release * stages // releases] for release in range(releases)]
-
-
-def multipliers(
-    epsilon: float,
-    delta: float,
-    relative: list[float],
-    *,
-    event: Callable[[float], DpEvent] = gaussian.event,
-    besides: Events = (),
-) -> list[float]:
-    """Noise multipliers z_1 … z_T in the proportions *relative* (see :func:`shape`) that together cost *epsilon*.
-
-    event: one release's, by its noise multiplier, such as ``partial(gaussian.event, sampling_rate=0.01)``.
-    besides: what else the same total must pay for. Raises as :func:`~atoll.privacy.dp.accounting.calibrate`.
-    """
-    counts = Counter(relative)
-
-    def plan(factor: float) -> Events:
-        return [*besides, *((event(factor * noise), count) for noise, count in counts.items())]
-
-    factor = calibrate(epsilon, delta, plan)
-    return [factor * noise for noise in relative]
