@@ -22,7 +22,7 @@ from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.models.model import from_spec
 from atoll.runtime.sandbox import read_sites, run_sandbox
-from atoll.statistics.evaluation import binary_metrics
+from atoll.statistics.scores import binary_metrics
 from benchmarks.table import Row, main
 
 SEED = 7

@@ -263,6 +263,7 @@ class Desk:
     holdout: Table
     share: tuple[str, ...] = ("rows", "metrics")
     state: dict[str, Any] = field(default_factory=dict)
+    personal: dict[str, Any] = field(default_factory=dict)
     min_group_size: int = 1
 
     def progress(self, done: float, total: float) -> None:
@@ -283,6 +284,7 @@ class Driven:
     metrics: list[Metrics] = field(default_factory=list)
     checkpoints: list[tuple[int, Checkpoint]] = field(default_factory=list)
     """(number of the round it comes before, state)."""
+    desks: dict[str, Desk] = field(default_factory=dict)
 
 
 def _drive(
@@ -298,7 +300,7 @@ def _drive(
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
     small = rule.min_group_size
     desks = {n: Desk(n, t, (holdouts or empty)[n], min_group_size=small) for n, t in tables.items()}
-    driven, value, in_flight = Driven(), None, []
+    driven, value, in_flight = Driven(desks=desks), None, []
     while True:
         try:
             item = steps.send(value)

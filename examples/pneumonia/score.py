@@ -16,7 +16,7 @@ import numpy as np
 from atoll.contract.plan import Plan
 from atoll.data.table import Table
 from atoll.models.model import from_spec
-from atoll.statistics.evaluation import binary_metrics
+from atoll.statistics.scores import binary_metrics
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from atoll.contract.errors import AtollError
 from atoll.contract.program import Cohort, build, handler_of
-from atoll.contract.rounds import Round
+from atoll.contract.rounds import Round, Summed
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table, concatenate
 from atoll.models.linear import LinearModel
@@ -165,7 +165,8 @@ def test_divergence_is_an_error_that_says_what_to_look_for(federation: Any) -> N
     params = params_of("linear", rounds=50, local_epochs=200, learning_rate=1e9, batch_size=4)
     with pytest.raises(AtollError) as caught:
         federation.run(federation.plan("horizontal.fedavg", params, tables), tables)
-    assert caught.value.code == "reply.not-finite"
+    assert (caught.value.code, caught.value.where["round"]) == ("cohort.too-few-left", 0)
+    assert "site.diverged" in caught.value.message
     assert "learning rate" in caught.value.remedy
 
 
@@ -290,5 +291,6 @@ def test_noise_of_a_sites_weight_does_not_stop_the_run(federation: Any) -> None:
         while True:
             item = steps.send(value)
             asked = isinstance(item, Round)
-            value = {"weights": np.ones(3), "loss": np.array(1.0), "weight": np.array(-5.0)} if asked else None
+            total = {"weights": np.ones(3), "loss": np.array(1.0), "weight": np.array(-5.0)}
+            value = Summed(total, ("a", "b", "c")) if asked else None
     assert stopped.value.value["model"].weights.tolist() == [2, 2, 2]

@@ -52,10 +52,10 @@ def one_by_one(model: Any, weights: np.ndarray, batch: Examples, clip: float) ->
 class _Kind(Network):
     """A network of the test's own on the image, to try layers that the CNN has not."""
 
-    layers: ClassVar[Any]
+    built: ClassVar[Any]
 
-    def module(self) -> Any:
-        return self.layers()
+    def encoder(self) -> Any:
+        return self.built(), 1
 
     def inputs(self, table: Any) -> Any:
         return (table["image"],)
@@ -93,7 +93,7 @@ def network(name: str, table: Table) -> Any:
         made(torch.zeros(2, 12, 10) if name != "grouped" else torch.zeros(2, 12, 10, 1))
         return made
 
-    kind = type("Kind", (_Kind,), {"layers": staticmethod(layers)})
+    kind = type("Kind", (_Kind,), {"built": staticmethod(layers)})
     if name == "grouped":
         kind.tensors = lambda self, inputs: (torch.from_numpy(inputs[0]).float().div(64).sub(2)[..., None],)
     return kind(Settings(kind=name, target="y"), table.schema)

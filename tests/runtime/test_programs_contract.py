@@ -68,6 +68,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("horizontal.glm", _learner("poisson", "count"), None),
     ("horizontal.fedavg", _learner("logistic", "binary", rounds=4, batch_size=16, checkpoint_every=2), None),
     ("horizontal.fedavg", _learner("poisson", "count", rounds=3, learning_rate=0.01), None),
+    ("horizontal.fedprox", _learner("logistic", "binary", rounds=2, proximal=0.5), None),
     ("horizontal.dpsgd", _learner("logistic", "binary", rounds=3, expected_rows=150, sampling_rate=1.0), None),
     ("horizontal.dpftrl", _learner("logistic", "binary", rounds=3, expected_rows=150, time="b"), None),
 ]

@@ -21,7 +21,8 @@ from atoll.models.linear import LinearModel
 from atoll.models.model import make
 from atoll.privacy.fixed_point import width_of
 from atoll.runtime.policy import Policy
-from atoll.statistics.evaluation import FAR, binary_metrics, from_cells
+from atoll.statistics.evaluation import FAR, from_cells
+from atoll.statistics.scores import binary_metrics
 
 NAN = float("nan")
 X = {"x": {"range": [-10, 10]}}

@@ -29,10 +29,14 @@ def cnn_subject(
     model: Cnn, weights: NDArray[np.float64], public: NDArray[np.uint8], criterion: Criterion | None = None
 ) -> Subject:
     """*model* with *weights* [num_weights], and public images as its table has them."""
-    net = model.module()
-    for name, layer in list(net.named_children()):
+    if model.goal.outputs != 1:
+        raise PlanError("audit.no-subject", "attacks know networks of one output", field="model",
+                        remedy="audit a plan with a binary target or one value")  # fmt: skip
+    encoder, width = model.encoder()
+    for name, layer in list(encoder.named_children()):
         if isinstance(layer, ChannelsLast):  # an order in memory that torch.func.vmap does not know
-            net.set_submodule(name, nn.Identity())
+            encoder.set_submodule(name, nn.Identity())
+    net = nn.Sequential(*encoder.children(), nn.Linear(width, 1))
     nn.utils.vector_to_parameters(torch.from_numpy(np.asarray(weights, np.float32)), net.parameters())
     standardise = bool(model.settings.standardise)
 

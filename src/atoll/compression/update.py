@@ -68,7 +68,7 @@ class Compression(BaseModel):
         """The grid's resolution for values within ±clip."""
         return FINE if self.bits is None else 2 * clip / (2**self.bits - 1)
 
-    def carried(self, change: Array, support: Indices, state: dict[str, Array]) -> Array:
+    def carried(self, change: Array, support: Indices | slice, state: dict[str, Array]) -> Array:
         """*change* at *support*, [k], with what earlier rounds left out; the rest is kept for later rounds."""
         if self.keep == 1:
             return change

@@ -95,6 +95,11 @@ class SiteView(Protocol):
         """Per-run state of this program, saved together with the release it led to."""
 
     @property
+    def personal(self) -> dict[str, Array]:
+        """The run's model as this site has it for itself ("weights"), where a program personalises it: shared by the
+        run's programs, kept at the site when the run has ended, and never sent."""
+
+    @property
     def min_group_size(self) -> int:
         """Fewest people behind a number of this site alone that others see; 1 where they see only sums."""
 
@@ -203,14 +208,15 @@ def program(
     """
 
     def register(cls: C) -> C:
-        handlers = dict(m.__atoll_handler__ for m in vars(cls).values() if hasattr(m, "__atoll_handler__"))
+        parts = [part for base in reversed(cls.__mro__) for part in vars(base).values()]
+        handlers = dict(part.__atoll_handler__ for part in parts if hasattr(part, "__atoll_handler__"))
         inner = cls.coordinate
 
         def coordinate(self: Any, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
             params = self.params.model_dump(mode="json")
 
             def stamp(asked: Round) -> Round:
-                return asked if asked.program else replace(asked, program=name, params=params)
+                return asked if asked.program else replace(asked, program=self.name, params=params)
 
             result = yield from relay(inner(self, cohort, start), stamp)
             return result

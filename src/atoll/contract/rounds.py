@@ -304,15 +304,16 @@ class Task:
     secret: Callable[[str], Secret] = _no_secret
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """What was sent under *name*: finite float64 of exactly *shape*.
+        """What was sent under *name*: finite reals of exactly *shape*, as float64.
 
         A handler takes nothing else: an array of another shape would be broadcast, and a sum over
         rows become row by row. Raises ProtocolError.
         """
         array = self.arrays.get(name)
-        if array is None or array.dtype != np.float64 or array.shape != shape or not np.isfinite(array).all():
+        real = array is not None and array.dtype in (np.float64, np.float32)
+        if array is None or not real or array.shape != shape or not np.isfinite(array).all():
             raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
-        return array
+        return array.astype(np.float64, copy=False)
 
     def shuffler(self) -> np.random.Generator:
         """Randomness for shuffling rows: a function of (plan seed, site, round) alone, so that

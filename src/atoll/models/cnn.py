@@ -52,8 +52,8 @@ class Cnn(Network):
     Spec: ClassVar[type[CnnSpec]] = CnnSpec
     settings: CnnSpec
 
-    def module(self) -> nn.Module:
-        """Convolution, 2 × 2 maximum and ReLU for each of ``channels``; hidden layer; output."""
+    def encoder(self) -> tuple[nn.Module, int]:
+        """Convolution, 2 × 2 maximum and ReLU for each of ``channels``; hidden layer."""
         column = self.schema.columns.get(self.settings.image)
         if column is None or column.shape is None or column.role == "ignore":
             raise PlanError(
@@ -71,7 +71,7 @@ class Cnn(Network):
             layers += [nn.Conv2d(depth, channels, 3, padding=1), ChannelsLast(), nn.MaxPool2d(2), nn.ReLU()]
             height, width, depth = height // 2, width // 2, channels
         layers += [nn.Flatten(), nn.Linear(depth * height * width, self.settings.hidden), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Linear(self.settings.hidden, 1))
+        return nn.Sequential(*layers), self.settings.hidden
 
     def inputs(self, table: TableView) -> tuple[Array, ...]:
         """The images, uint8 [num_rows, height, width(, channels)]."""

@@ -83,7 +83,29 @@ class LinearModel:
     @staticmethod
     def of(spec: LinearSpec, schema: TableSchema) -> LinearModel:
         """As :meth:`zero`."""
+        if not isinstance(spec.target, str):
+            raise PlanError("plan.bad-target", "a linear model has one target", field="target")
         return LinearModel.zero(spec.family, schema, spec.features, spec.target)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The label's column."""
+        return (self.target,)
+
+    @property
+    def dtype(self) -> np.dtype[np.float64]:
+        """Double precision."""
+        return np.dtype(np.float64)
+
+    @property
+    def layers(self) -> dict[str, slice]:
+        """The slopes; and the intercept, which is what a site can have of its own."""
+        return {"slopes": slice(1, len(self.weights)), "head": slice(0, 1)}
+
+    @property
+    def running(self) -> slice:
+        """None."""
+        return slice(0, 0)
 
     @property
     def task(self) -> ModelTask:

@@ -30,21 +30,32 @@ from atoll.contract.wire import Array, Json
 
 Floats = NDArray[np.float64]
 Family = Literal["linear", "logistic", "poisson"]
-ModelTask = Literal["binary", "regression", "count"]
+ModelTask = Literal["binary", "classes", "regression", "count"]
+Target = str | tuple[str, ...]
 
 
 class Settings(BaseModel):
-    """Base of a kind's settings: everything but the weights; frozen, unknown keys refused."""
+    """Base of a kind's settings: everything but the weights; frozen, unknown keys refused. target: a column, or
+    several numbers to be told at once (a speed in 15, 30 and 60 minutes)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
-    target: str
+    target: Target
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The label columns."""
+        return (self.target,) if isinstance(self.target, str) else self.target
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Rows to learn from. inputs: one array for each input of the model, [num_rows, …]; labels: [num_rows]."""
+    """Rows to learn from. inputs: one array for each input of the model, [num_rows, …].
+
+    labels: [num_rows]; of several targets [num_rows, targets]. Of classes, places in the code list, or a probability
+    for each, [num_rows, classes]; a binary label may be a probability too.
+    """
 
     inputs: tuple[NDArray[Any], ...]
     labels: Floats
@@ -58,22 +69,36 @@ class Examples:
 
 
 class Model(Protocol):
-    """One model. Weights are a flat float64 vector, [num_weights]; gradients are alike.
+    """One model. Weights are a flat vector, [num_weights]; gradients are alike, and of the same dtype.
 
     Its class also has ``Spec``, its kind's :class:`Settings`, and ``of(spec, schema)``, which makes it unfitted, with
     all weights zero, and raises PlanError when it does not fit the schema.
     """
 
     @property
-    def target(self) -> str:
-        """The label's column."""
+    def targets(self) -> tuple[str, ...]:
+        """The label columns: several only for values."""
 
     @property
     def task(self) -> ModelTask:
-        """What it predicts: a probability, a value or a count."""
+        """What it predicts: a probability, one for each class, a value or a count."""
 
     @property
     def weights(self) -> Floats: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That it computes in; weights of this dtype are taken and given without conversion."""
+
+    @property
+    def layers(self) -> Mapping[str, slice]:
+        """Named parts of the weights, from input to output; the last of them, "head" and what is in it, are what
+        personalised learning keeps at a site."""
+
+    @property
+    def running(self) -> slice:
+        """Weights that are not learned but follow the data, as a batch normalisation's mean does: their gradient is
+        the step itself, whatever the learning rate. Mostly empty."""
 
     def initial(self, seed: int) -> Floats:
         """Weights to begin with: a function of the plan's seed, which everybody knows."""
@@ -91,13 +116,59 @@ class Model(Protocol):
         """Inputs and labels of all rows; raises SchemaError where cells are missing."""
 
     def predict(self, table: TableView) -> Floats:
-        """Predicted mean of every row: probability, count or value, [num_rows]."""
+        """Predicted mean of every row: probability, count or value, [num_rows]; of classes, or several targets,
+        [num_rows, classes or targets]."""
 
     def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
         """Mean loss over *batch* (not empty) and its gradient."""
 
     def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
         """(Σ of each example's gradient, clipped to an L2 norm; how many were clipped; Σ of losses)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What a model's targets ask of it: the task, how many numbers it gives a row, and for values the middle and half
+    of each target's range, [outputs]."""
+
+    task: ModelTask
+    outputs: int
+    middle: Floats
+    half: Floats
+
+    @staticmethod
+    def of(schema: TableSchema, targets: tuple[str, ...]) -> Goal:
+        """By the schema: 0 to 1 is binary, another code list is of classes, a range is of values. Raises
+        PlanError for columns that are absent or no targets."""
+        columns = [schema.columns.get(name) for name in targets]
+        for name, column in zip(targets, columns, strict=True):
+            if column is None or column.role == "ignore" or not (column.numeric or column.values):
+                raise PlanError(
+                    "plan.bad-column", f"{name!r} is not a label of the prepared table", field=name,
+                    remedy="check the plan's column names against the schema: a label has a range or lists its values",
+                )  # fmt: skip
+        first = columns[0]
+        if len(targets) == 1 and first is not None and first.values and set(first.values) != {0, 1}:
+            return Goal("classes", len(first.values), np.zeros(1), np.ones(1))
+        bounds = np.array([column.bounds() for column in columns if column is not None and column.numeric])
+        if len(bounds) < len(targets):
+            raise PlanError("plan.bad-target", "several targets must all be numbers", field="target")
+        if bounds.tolist() == [[0, 1]]:
+            return Goal("binary", 1, np.zeros(1), np.ones(1))
+        low, high = bounds.T
+        return Goal("regression", len(targets), (low + high) / 2, np.where(high > low, (high - low) / 2, 0.5))
+
+    def labels(self, table: TableView, targets: tuple[str, ...]) -> Floats:
+        """Labels of all rows as :class:`Examples` has them; raises SchemaError when one is missing."""
+        if self.task == "classes":
+            places = table.codes(targets[0])
+            if (places < 0).any():
+                raise missing([targets[0]])
+            return places.astype(np.float64)
+        columns = [np.asarray(table[name], np.float64) for name in targets]
+        if gaps := [name for name, column in zip(targets, columns, strict=True) if np.isnan(column).any()]:
+            raise missing(gaps)
+        return columns[0] if len(columns) == 1 else np.column_stack(columns)
 
 
 KINDS: dict[str, type[Any]] = {}
@@ -149,7 +220,7 @@ class LearnerParams(ProgramParams):
     """What a learner learns: the target, and either a linear *family* of *features* or another *model*
     ``{kind: …}`` with the settings of its kind."""
 
-    target: str
+    target: Target
     family: Family | None = None
     features: tuple[str, ...] = ()
     model: dict[str, Json] | None = None

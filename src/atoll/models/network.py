@@ -14,7 +14,7 @@ Large Model at Small Cost, §3 (book-keeping).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -28,8 +28,7 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json
-from atoll.models.linear import feature_bounds
-from atoll.models.model import Examples, Floats, ModelTask, Settings, missing
+from atoll.models.model import Examples, Floats, Goal, ModelTask, Settings
 
 torch.set_num_threads(1)  # as BLAS: the same bits everywhere, and sites of one process work side by side
 AT_ONCE = 1 << 17
@@ -38,22 +37,42 @@ SLACK = 1 + 1e-5
 """Norms in float32 are off by less than this factor: clipped gradients keep to the norm for certain."""
 
 
-class Network:
-    """A network of one output: the log-odds of a binary target, or a real target scaled to [-1, 1].
+class Joined(nn.Module):
+    """An encoder and a linear head. What the encoder gives is the row's representation, [num_rows, width]."""
 
-    A kind derives from it, and gives ``module``, ``inputs`` and ``tensors``.
+    def __init__(self, encoder: nn.Module, width: int, outputs: int) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(width, outputs)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """[num_rows, outputs]."""
+        out: Tensor = self.head(self.encoder(*inputs))
+        return out
+
+
+class Network:
+    """An encoder, and a head with the log-odds of a binary target, of each class, or targets scaled to [-1, 1].
+
+    A kind derives from it, and gives ``encoder``, ``inputs`` and ``tensors``. Its weights, and the running means of
+    its normalisations behind them, stand in one tensor that the layers look into, so that loading them is one copy.
     """
 
     Spec: ClassVar[type[Settings]]
 
     def __init__(self, settings: Settings, schema: TableSchema, weights: Floats | None = None) -> None:
-        low, high = feature_bounds(schema, settings.target)
-        self.settings, self.schema = settings, schema
-        self.middle, self.half = (0.0, 1.0) if (low, high) == (0, 1) else ((low + high) / 2, (high - low) / 2)
-        self.task: ModelTask = "binary" if (low, high) == (0, 1) else "regression"
-        self.net = self.module()
-        self.shapes = [tuple(p.shape) for p in self.net.parameters()]
-        size = sum(math.prod(shape) for shape in self.shapes)
+        self.settings, self.schema, self.goal = settings, schema, Goal.of(schema, settings.targets)
+        self.net = Joined(*self.encoder(), self.goal.outputs)
+        learned = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
+        followed = {n: b for n, b in self.net.named_buffers() if b.is_floating_point()}
+        self.layers, size = {}, 0
+        for name, values in (*learned.items(), *followed.items()):
+            self.layers[name] = slice(size, size := size + values.numel())
+        self.running = slice(sum(p.numel() for p in learned.values()), size)
+        self._flat, self._slopes = torch.zeros(size), torch.zeros(size)
+        for name, where in self.layers.items():
+            held = learned[name] if name in learned else followed[name]
+            held.data = self._flat[where].view(held.shape)
+        self._learned = [(p, self._slopes[self.layers[n]].view(p.shape)) for n, p in learned.items()]
         self.weights = np.zeros(size) if weights is None else np.asarray(weights, np.float64)
         if self.weights.shape != (size,):
             raise PlanError("model.shape", "the weights do not fit the model", field="weights")
@@ -65,8 +84,9 @@ class Network:
 
     # -- what a kind gives
 
-    def module(self) -> nn.Module:
-        """The network; it maps :meth:`tensors` to [num_rows, 1]. No layer may mix rows (batch normalisation)."""
+    def encoder(self) -> tuple[nn.Module, int]:
+        """What maps :meth:`tensors` to [num_rows, width], and the width. Parameters that do not require a gradient
+        are not among the weights. Under differential privacy no layer may mix rows (batch normalisation)."""
         raise NotImplementedError
 
     def inputs(self, table: TableView) -> tuple[Array, ...]:
@@ -79,21 +99,30 @@ class Network:
 
     # -- the port
 
+    dtype: ClassVar[np.dtype[np.float32]] = np.dtype(np.float32)
+
     @property
-    def target(self) -> str:
-        """The label's column."""
-        return self.settings.target
+    def targets(self) -> tuple[str, ...]:
+        """The label columns."""
+        return self.settings.targets
+
+    @property
+    def task(self) -> ModelTask:
+        """By the targets' columns: see :meth:`Goal.of`."""
+        return self.goal.task
 
     def initial(self, seed: int) -> Floats:
         """He et al. 2015: N(0, 2 / fan-in) for weights, ones for scales, zero for offsets; by numpy's Philox."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         parts = []
-        for name, parameter in self.net.named_parameters():
+        for name, parameter in (*self.net.named_parameters(), *self.net.named_buffers()):
             shape = tuple(parameter.shape)
+            if name not in self.layers:
+                continue
             if len(shape) > 1:
                 parts.append(random.normal(0, math.sqrt(2 / math.prod(shape[1:])), math.prod(shape)))
             else:
-                parts.append(np.full(shape, 0.0 if name.endswith("bias") else 1.0))
+                parts.append(np.full(shape, 0.0 if name.endswith(("bias", "mean")) else 1.0))
         return np.concatenate(parts).astype(np.float32).astype(np.float64)
 
     def with_weights(self, weights: Floats) -> Self:
@@ -111,29 +140,35 @@ class Network:
 
     def examples(self, table: TableView) -> Examples:
         """Inputs and labels of all rows; raises SchemaError when a label is missing."""
-        labels = np.asarray(table[self.target], np.float64)
-        if np.isnan(labels).any():
-            raise missing([self.target])
-        return Examples(self.inputs(table), labels)
+        return Examples(self.inputs(table), self.goal.labels(table, self.targets))
 
     def predict(self, table: TableView) -> Floats:
-        """Predicted probability, or value, of every row, [num_rows]."""
+        """Predicted probabilities, or values, of every row, [num_rows] or [num_rows, outputs]."""
         self.load(self.weights)
-        inputs, parts = self.inputs(table), [np.empty(0)]
-        with torch.no_grad():
+        inputs, parts = self.inputs(table), [np.empty((0, self.goal.outputs))]
+        self.net.eval()
+        with torch.no_grad(), memory():
             for rows in pieces(inputs):
-                out = self.net(*self.tensors(tuple(array[rows] for array in inputs)))[:, 0].double().numpy()
-                parts.append(1 / (1 + np.exp(-out)) if self.task == "binary" else self.middle + self.half * out)
-        return np.concatenate(parts)
+                out = self.net(*self.tensors(tuple(array[rows] for array in inputs))).double()
+                if self.task == "classes":
+                    out = out.softmax(1)
+                parts.append(out.sigmoid().numpy() if self.task == "binary" else out.numpy())
+        found: Floats = np.concatenate(parts)
+        if self.task == "regression":
+            found = self.goal.middle + self.goal.half * found
+        return found[:, 0] if self.goal.outputs == 1 else found
 
     def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
         """Mean loss over *batch* and its gradient."""
-        self.load(weights, learning=True)
-        loss = self.losses(batch).mean()
-        return float(loss.detach()), flat(torch.autograd.grad(loss, list(self.net.parameters())))
+        return self.descend(weights, batch, lambda: self.losses(batch).mean())
 
     def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
         """See the port, and the module's docstring."""
+        if self.running.stop > self.running.start:
+            raise PlanError(
+                "model.mixes-rows", "a batch normalisation mixes rows: no row has a gradient of its own",
+                field="model.norm", remedy="use norm: group",
+            )  # fmt: skip
         total, clipped, loss = np.zeros(len(self.weights)), 0, 0.0
         self.load(weights)
         for rows in pieces(batch.inputs):
@@ -147,15 +182,42 @@ class Network:
 
     def load(self, weights: Floats, *, learning: bool = False) -> None:
         """Put *weights* into the network; *learning*: they are to be differentiated by."""
-        self.net.requires_grad_(learning)
-        vector = torch.from_numpy(np.asarray(weights, np.float32))
-        nn.utils.vector_to_parameters(vector, self.net.parameters())
+        self._flat.copy_(torch.from_numpy(np.asarray(weights, np.float32)))
+        for parameter, slope in self._learned:
+            parameter.requires_grad_(learning)
+            parameter.grad = slope if learning else None
+
+    def descend(self, weights: Floats, batch: Examples, loss_of: Callable[[], Tensor]) -> tuple[float, Floats]:
+        """The loss that *loss_of* finds at *weights*, and its gradient."""
+        self.load(weights, learning=True)
+        self.net.train()
+        self._slopes.zero_()
+        with memory():
+            loss = loss_of()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if self.running.stop > self.running.start:
+            before = torch.from_numpy(np.asarray(weights, np.float32))[self.running]
+            torch.sub(before, self._flat[self.running], out=self._slopes[self.running])
+        return float(loss.detach()), self._slopes.numpy().copy()
 
     def losses(self, batch: Examples) -> Tensor:
         """Each example's log loss, or half squared error in units of half the target's range, [num_rows]."""
-        out = self.net(*self.tensors(batch.inputs))[:, 0]
-        wanted = torch.from_numpy(((batch.labels - self.middle) / self.half).astype(np.float32))
-        return _losses(out, wanted, self.task)
+        return self.losses_of(self.net(*self.tensors(batch.inputs)), self.wanted(batch.labels))
+
+    def wanted(self, labels: Floats) -> Tensor:
+        """Labels as the loss takes them: classes as places or probabilities, values scaled to [-1, 1]."""
+        if self.task == "classes" and labels.ndim == 1:
+            return torch.from_numpy(labels.astype(np.int64))
+        scaled = (labels.reshape(len(labels), -1) - self.goal.middle) / self.goal.half
+        return torch.from_numpy(scaled.astype(np.float32))
+
+    def losses_of(self, out: Tensor, wanted: Tensor) -> Tensor:
+        """Of outputs [num_rows, outputs], [num_rows]."""
+        if self.task == "classes":
+            return F.cross_entropy(out, wanted, reduction="none")
+        if self.task == "binary":
+            return F.binary_cross_entropy_with_logits(out, wanted, reduction="none").mean(1)
+        return (out - wanted).square().mean(1) / 2
 
     @cached_property
     def _known(self) -> bool:
@@ -175,16 +237,16 @@ class Network:
                 return self._by_func(batch, clip)
             factor = clip / (norms * SLACK).clamp(min=clip)
             parts = {id(p): s for layer in layers.values() for p, s in layer.sums(factor)}
-            sums = flat([parts.get(id(p), torch.zeros_like(p)) for p in self.net.parameters()])
+            sums = flat([parts.get(id(p), torch.zeros_like(p)) for p, _ in self._learned])
         return sums, int((norms > clip).sum()), float(losses.detach().sum())
 
     def _by_func(self, batch: Examples, clip: float) -> tuple[Floats, int, float]:
-        weights = {name: p.detach() for name, p in self.net.named_parameters()}
-        wanted = torch.from_numpy(((batch.labels - self.middle) / self.half).astype(np.float32))
+        weights = {name: p.detach() for name, p in self.net.named_parameters() if name in self.layers}
+        wanted = self.wanted(batch.labels)
 
         def loss(weights: dict[str, Tensor], y: Tensor, *x: Tensor) -> Tensor:
             out = torch.func.functional_call(self.net, weights, tuple(v[None] for v in x))
-            return _losses(out[:, 0], y[None], self.task)[0]
+            return self.losses_of(out, y[None])[0]
 
         tensors = self.tensors(batch.inputs)
         each = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0, *[0] * len(tensors)), randomness="error")
@@ -195,12 +257,6 @@ class Network:
         found[lost], norms = 0, torch.where(lost, torch.inf, norms)
         factor = clip / (norms * SLACK).clamp(min=clip)
         return (factor @ found).double().numpy(), int((norms > clip).sum()), float(losses.sum())
-
-
-def _losses(out: Tensor, wanted: Tensor, task: ModelTask) -> Tensor:
-    if task == "binary":
-        return F.binary_cross_entropy_with_logits(out, wanted, reduction="none")
-    return (out - wanted).square() / 2
 
 
 def _weighted(net: nn.Module) -> list[nn.Module]:
@@ -284,6 +340,19 @@ def recorded(net: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def memory() -> Iterator[None]:
+    """PyTorch's ways of saying that there is not enough memory, as MemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise MemoryError from None
+    except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise MemoryError from None
+        raise
 
 
 def pieces(inputs: tuple[Array, ...]) -> Iterator[slice]:

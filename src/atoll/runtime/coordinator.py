@@ -241,8 +241,8 @@ class _Run:
         left = len(self.sites) - len(self.absent)
         if left < rule.min_sites:
             raise TransportError(
-                "cohort.too-few-left", f"{left} sites are left, and the plan demands {rule.min_sites}",
-                field="cohort.min_sites", remedy="bring the sites back and submit again", where=error.where,
+                "cohort.too-few-left", f"{left} sites are left, and the plan demands {rule.min_sites}: {error.code}",
+                field="cohort.min_sites", remedy=error.remedy or "bring the sites back", where=error.where,
             ) from error  # fmt: skip
 
     async def open(self) -> None:
@@ -352,7 +352,7 @@ def _owed(store: RunStore, run: str) -> dict[str, list[Json]]:
 def _is_dropout(error: AtollError) -> bool:
     """A site that cannot be reached, or cannot do its work: others may go on without it."""
     ours = error.code.startswith("spool.")  # it is the coordinator that has no room
-    return (isinstance(error, TransportError) and not ours) or error.code == "site.out-of-memory"
+    return (isinstance(error, TransportError) and not ours) or error.code in ("site.out-of-memory", "site.diverged")
 
 
 def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:

@@ -154,7 +154,7 @@ class EgressGate:
         task = asked.task
         kept = None if protection.reveals else party.state
         return self._journal.store_release(
-            str(task), task.run, asked.program, body, arrays, state, receipts, party.query, kept, charge
+            str(task), task.run, asked.program, body, arrays, state, receipts, party.query, kept, charge, party.personal
         )
 
 

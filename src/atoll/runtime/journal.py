@@ -29,6 +29,8 @@ OPEN = ("pending", "approved", "running")
 
 PROTECTION = "atoll protection"
 """Under this name, in place of a program's, a run's protection keeps its state."""
+PERSONAL = "personal"
+"""And under this the model that the site has for itself; it outlives a run that finished."""
 
 ENDS = ("finished", "failed", "cancelled")
 """How a coordinator may end a run."""
@@ -211,9 +213,10 @@ class Journal:
         query: Query | None = None,
         protection: Mapping[str, Array] | None = None,
         cost: Charge | None = None,
+        personal: Mapping[str, Array] | None = None,
     ) -> Message:
         """Ledger entry, release, the program's state and its protection's (None: as it was), receipts and what is
-        remembered of the *query*, and its *cost*, in one transaction.
+        remembered of the *query*, its *cost* and the *personal* model, in one transaction.
 
         Returns the message that may now leave; raises DisclosureError if the query was asked before of
         nearly the same rows.
@@ -237,6 +240,8 @@ class Journal:
                     self._store_state(run, program, state, int(body.get("round", -1)))
                 if protection is not None:
                     self._put_state(run, PROTECTION, Message("state", {}, dict(protection)))
+                if personal is not None:
+                    self._put_state(run, PERSONAL, Message("state", {}, dict(personal)))
         except BaseException:
             if seq is not None:  # what was written of a large release would keep the disk full
                 self._forget([seq])
@@ -341,7 +346,8 @@ class Journal:
         settle(self._db, run)
         names = [f"{what} {run}" for what in ("session", "rows", "view")]
         self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?)", names)
-        self._db.execute("DELETE FROM state WHERE run = ?", (run,))
+        kept = PERSONAL if self.status(run) == "finished" else ""
+        self._db.execute("DELETE FROM state WHERE run = ? AND program <> ?", (run, kept))
 
     def advance(self, run: str, before: str, after: str) -> None:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -22,10 +23,24 @@ class View:
 
     def __init__(
         self, name: str, tables: tuple[Table, Table], state: dict[str, Array], tell: Callable[[float, float], None],
-        share: tuple[str, ...], min_group_size: int,
+        share: tuple[str, ...], min_group_size: int, own: Callable[[], dict[str, Array]] = dict,
     ) -> None:  # fmt: skip
+        """own: reads what is personal, when it is first looked at."""
         self.name, (self.table, self.holdout), self.state = name, tables, state
-        self._tell, self._share, self.min_group_size = tell, share, min_group_size
+        self._tell, self._share, self.min_group_size, self._own = tell, share, min_group_size, own
+        self._before: dict[str, Array] = {}
+
+    @cached_property
+    def personal(self) -> dict[str, Array]:
+        found = self._own()
+        self._before = dict(found)
+        return found
+
+    def personalised(self) -> dict[str, Array] | None:
+        """What is personal, if the handler changed it."""
+        mine = self.__dict__.get("personal", self._before)
+        same = mine.keys() == self._before.keys() and all(mine[n] is self._before[n] for n in mine)
+        return None if same else mine
 
     def progress(self, done: float, total: float) -> None:
         self._tell(done, total)
@@ -36,8 +51,8 @@ class View:
 
 @dataclass
 class Own:
-    """What a protection's site half may use (see :class:`atoll.contract.protection.Party`). query: what the journal is
-    to remember of the release."""
+    """What a protection's site half may use (see :class:`atoll.contract.protection.Party`). query, personal: what the
+    journal is to remember of the release, and the model that the site has for itself (None: as it was)."""
 
     name: str
     terms: Terms
@@ -47,6 +62,7 @@ class Own:
     sign: Callable[[bytes], bytes]
     policy: Policy
     query: Query | None = field(default=None)
+    personal: dict[str, Array] | None = field(default=None)
 
     def replied(self) -> None:
         """Note what was asked of which rows, for when the survivors are known."""

@@ -12,6 +12,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
 from atoll.runtime.approval import Progress, await_approval
 from atoll.runtime.egress import EgressGate, Request, too_large
-from atoll.runtime.journal import ENDS, Journal, Receipt, not_running
+from atoll.runtime.journal import ENDS, PERSONAL, Journal, Receipt, not_running
 from atoll.runtime.memory import question_digest
 from atoll.runtime.opened import Opened
 from atoll.runtime.party import View
@@ -186,12 +187,14 @@ class Site:
             progress({"done": round(done / max(total, 1), 2), "total": 1})  # not how many rows there are
 
         smallest = self._policy.min_group_size if protection.reveals and opened.noise is None else 1
-        view = View(self.name, opened.tables(meta["view"]), state, tell, self._policy.share, smallest)
+        own = partial(self._journal.state, task.run, PERSONAL)
+        view = View(self.name, opened.tables(meta["view"]), state, tell, self._policy.share, smallest, own)
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
         with opened.paying(task.run):
             reply = handler.answer(program, view, Task(task, sent, words, opened.random(task.round, "sample")))
             changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
+            party.personal = view.personalised()
             party.query = opened.remembered(message, view, protection)
             cost = opened.cost(task, program, name, view, fields, sent, question)
             return self._gate.release(asked, reply, protection, party, cost, state if changed else None, receipts)

@@ -24,6 +24,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json, canonical_json
 from atoll.data.recipe import Prepared
 from atoll.data.step import Need
+from atoll.statistics.evaluation import asked_of
 
 
 def check_plan(plan: Plan) -> Program:
@@ -52,6 +53,9 @@ def check_plan(plan: Plan) -> Program:
         schema = Prepared(plan.recipe).schema(plan.table)
         if program is not None:
             _check_columns(program, schema)
+            if getattr(program.params, "evaluate_every", None) and not (plan.run.evaluate and plan.run.holdout):
+                raise PlanError("plan.no-holdout", "there are no rows to evaluate on during the run",
+                                field="params.evaluate_every", remedy="set run.holdout, or leave it out")  # fmt: skip
     except PlanError as error:
         problems.append(error)
     refuse_all(PlanError, "plan.refused", problems)
@@ -132,7 +136,7 @@ def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | 
     model = getattr(program, "model", None)
     if model is None or not plan.run.evaluate or plan.run.holdout == 0:
         return None
-    return build("statistics.evaluation", {"model": model(schema).spec(), "own": plan.privacy is None})
+    return asked_of(model(schema), exact=plan.privacy is None, personal=getattr(program, "personal", False))
 
 
 def _said(program: Program) -> tuple[str, bytes]:

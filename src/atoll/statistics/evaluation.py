@@ -1,11 +1,11 @@
 """Evaluation of a model on every site's held-out rows, by Sum; used by every learner.
 
-Parties: sites and coordinator. Messages: the model goes out; round "scores" (of probabilities) or "errors" (of
-values and counts) is one Sum, round "own" (asked only where the plan's sites may share it) gathers each site's own
-metrics. The coordinator learns the cohort's score histograms and loss sums (each site's
-under ``plain``); a site whose policy does not share "metrics" is simply absent from
-"own", and how many rows it held out is told only where it shares "rows". Dropout: the
-survivors' metrics. Cost: 2 rounds, 16 KiB a site.
+Parties: sites and coordinator. Messages: the model goes out; round "scores" (of probabilities), "classes" (counts by
+true and predicted class) or "errors" (of values and counts) is one Sum, round "own" (asked only where the plan's sites
+may share it) gathers each site's own metrics. The coordinator learns the cohort's score histograms and loss sums (each
+site's under ``plain``); a site whose policy does not share "metrics" is simply absent from "own", and how many rows it
+held out is told only where it shares "rows". Of a personalised run the same is asked again, each site scoring the model
+that it has for itself, which does not leave it. Dropout: the survivors' metrics. Cost: 2 rounds, 16 KiB a site.
 
 Log loss, accuracy, F1 and squared errors are exact sums; masked ones to 2⁻⁵⁴ of the declared bound for each site (with
 max_rows of 10⁷: log loss to 3·10⁻⁸; squared errors, in units of half the target's range, to 5·10⁻⁷). AUC and
@@ -15,7 +15,6 @@ most ``auc_error`` = Σ_b P_b·N_b / (2·P·N); KS is a lower bound.
 Under differential privacy (``Cohort.exact`` is False) a probability's scores are asked as one histogram by label, round
 "cells", of which a record changes one cell; every metric is made of it as if scores stood in the middle of
 their bin, of 1/64. Predicted values are clipped to the target's range. Sites are not asked for their own metrics.
-Sources: Hanley & McNeil 1982 (AUC as a rank statistic); Brier 1950.
 """
 
 from __future__ import annotations
@@ -27,70 +26,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import rankdata
 
+from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import PolicyError, ProtocolError, SchemaError
-from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.program import Cohort, Program, ProgramParams, SiteView, build, handler, program
+from atoll.contract.rounds import Gather, Metrics, Reply, Round, Steps, Sum, Task, count, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import feature_bounds
 from atoll.models.model import Model, make
 from atoll.statistics.noise import fine, only_summed, sent_array
+from atoll.statistics.scores import (
+    LOSS_CAP,
+    binary_metrics,
+    class_losses,
+    class_metrics,
+    confused,
+    error_metrics,
+    log_loss,
+)
 
 Floats = NDArray[np.float64]
-LOSS_CAP = 50.0
-"""Log loss of one row is capped here (a probability of 2e-22), so that the sum is bounded."""
 FAR = 30.0
 """Predicted values farther than this many half ranges from the target's middle count as that far; under noise, one."""
 NOISY_BINS = 64
 """Bins of the histogram under noise: fewer, so that less noise adds up."""
-OWN = ("rows", "auc", "ks", "accuracy", "f1", "log_loss", "brier", "mae", "rmse", "r2")
-
-
-def binary_metrics(y: Floats, p: Floats) -> dict[str, float]:
-    """Exact metrics of predicted probabilities *p* for labels *y*, each [num_rows]; NaN where undefined."""
-    positives, n = float(y.sum()), len(y)
-    negatives = n - positives
-    if n == 0:
-        return dict.fromkeys(("auc", "ks", "accuracy", "f1", "log_loss", "brier"), math.nan)
-    auc = ks = math.nan
-    if positives and negatives:
-        auc = float((rankdata(p)[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-        order = np.argsort(p, kind="stable")
-        gaps = np.abs(np.cumsum(y[order]) / positives - np.cumsum(1 - y[order]) / negatives)
-        last_of_ties = np.append(np.diff(p[order]) > 0, True)
-        ks = float(gaps[last_of_ties].max())
-    called = p >= 0.5
-    hits = float((called & (y == 1)).sum())
-    return {
-        "auc": auc,
-        "ks": ks,
-        "accuracy": float((called == (y == 1)).mean()),
-        "f1": 2 * hits / float(called.sum() + positives) if called.sum() + positives else math.nan,
-        "log_loss": float(_log_loss(y, p).mean()),
-        "brier": float(((p - y) ** 2).mean()),
-    }
-
-
-def _log_loss(y: Floats, p: Floats) -> Floats:
-    with np.errstate(divide="ignore"):
-        return np.minimum(-np.log(np.where(y == 1, p, 1 - p)), LOSS_CAP)
-
-
-def error_metrics(
-    n: int, absolute: float, squared: float, y: float, y_squares: float, *, unit: float = 1.0
-) -> dict[str, float]:
-    """MAE, RMSE and R² from sums of errors and of the target about one point, in units of *unit*; NaN if undefined."""
-    if n <= 0:
-        return dict.fromkeys(("mae", "rmse", "r2"), math.nan)
-    spread = y_squares - y**2 / n
-    return {
-        "mae": absolute / n * unit,
-        "rmse": math.sqrt(squared / n) * unit,
-        "r2": 1 - squared / spread if spread > 1e-12 * y_squares else math.nan,
-    }
+OWN = (
+    "rows", "auc", "ks", "accuracy", "f1", "macro_f1", "balanced_accuracy", "log_loss", "brier", "mae", "rmse", "r2",
+)  # fmt: skip
+PERSONAL = {"personal": np.array(1.0)}
+"""Sent with the weights: score the model that the site has for itself."""
 
 
 @program("statistics.evaluation", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
@@ -99,11 +65,13 @@ class Evaluation:
 
     class Params(ProgramParams):
         """model: a model's spec (its weights are sent as arrays). bins: of the score histogram.
-        own: also ask each site for its own metrics, where its policy shares them."""
+        own: also ask each site for its own metrics, where its policy shares them. personal: score also the model that
+        each site has for itself."""
 
         model: dict[str, Json]
         bins: int = Field(default=1024, ge=10, le=65_536)
         own: bool = True
+        personal: bool = False
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -112,10 +80,20 @@ class Evaluation:
         return make(self.params.model, schema)
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
-        """*start* holds the model's arrays. Returns {"pooled": metrics, "own": {site: metrics}, "curves": …}."""
-        send, model = dict(start or {}), self._model(cohort.schema)
-        if model.task != "binary":
-            pooled, curves = (yield from self._errors(cohort, model, send)), {}
+        """*start* holds the model's arrays. Returns {"pooled": metrics, "own": {site: metrics}, "curves": …}, and the
+        same of sites' personal models as "personal"."""
+        send = dict(start or {})
+        found = yield from self._asked(cohort, send)
+        if self.params.personal:
+            found["personal"] = yield from self._asked(cohort, {**send, **PERSONAL})
+        return found
+
+    def _asked(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
+        model, curves = self._model(cohort.schema), dict[str, Any]()
+        if model.task == "classes":
+            pooled = yield from self._classes(cohort, model, send)
+        elif model.task != "binary":
+            pooled = yield from self._errors(cohort, model, send)
         elif cohort.exact:
             pooled, curves = yield from self._scores(cohort, send)
         else:
@@ -124,7 +102,7 @@ class Evaluation:
             pooled, curves = self._binary(from_cells(total["cells"]))
         own: dict[str, dict[str, float]] = {}
         if self.params.own and cohort.exact:
-            gathered = yield Round("own", Gather(), {n: real() for n in OWN}, send, optional=True)
+            gathered = yield Round("own", Gather(), {n: real() for n in _own(model)}, send, optional=True)
             for site in gathered:
                 values = {n: float(v) for n, v in gathered[site].items()}
                 own[site] = {n: v for n, v in values.items() if n in pooled or (n == "rows" and not math.isnan(v))}
@@ -144,17 +122,23 @@ class Evaluation:
         total = yield Round("scores", Sum(), fields, send)
         return self._binary(total)
 
+    def _classes(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
+        rows = cohort.schema.max_rows
+        size = len(cohort.schema.columns[model.targets[0]].values or ())
+        loss = real(bound=rows * LOSS_CAP, step=fine(rows * LOSS_CAP))
+        total = yield Round("classes", Sum(), {"confusion": count((size, size), bound=rows), "log_loss": loss}, send)
+        return class_metrics(total["confusion"], float(total["log_loss"]))
+
     def _errors(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
-        rows, far = cohort.schema.max_rows, FAR if cohort.exact else 1.0
+        rows, far, size = cohort.schema.max_rows, FAR if cohort.exact else 1.0, len(model.targets)
         bounds = _most(far)
         bits = 20 if cohort.exact else 0  # the tightest bound of a few numbers is far above what they come to
-        fields = {name: real(bound=rows * most, step=fine(rows * most, bits)) for name, most in bounds.items()}
+        fields = {name: real(size, bound=rows * most, step=fine(rows * most, bits)) for name, most in bounds.items()}
         total = yield Round("errors", Sum(), {"rows": count(bound=rows), **fields}, {**send, "far": np.array(far)})
-        _, half = _middle(cohort.schema, model.target)
-        sums = {name: float(total[name]) for name in bounds}
+        sums = {name: np.asarray(total[name], np.float64) for name in bounds}
         if not cohort.exact:  # what noise made of sums of squares
-            sums = {name: value if name == "y" else max(value, 0.0) for name, value in sums.items()}
-        return error_metrics(max(int(total["rows"]), 0), **sums, unit=half)
+            sums = {name: value if name == "y" else np.maximum(value, 0.0) for name, value in sums.items()}
+        return _by_target(cohort.schema, model, max(int(total["rows"]), 0), sums)
 
     def _binary(self, total: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, Any]]:
         positives, negatives = (np.asarray(total[k], np.float64) for k in ("positives", "negatives"))
@@ -192,13 +176,20 @@ class Evaluation:
 
     def _scored(self, site: SiteView, task: Task) -> tuple[Floats, Floats]:
         model = self._model(site.holdout.schema)
-        model = model.with_weights(task.take("weights", model.weights.shape))
-        y, p = site.holdout[model.target], model.predict(site.holdout)
+        weights = task.take("weights", model.weights.shape)
+        model = model.with_weights(site.personal.get("weights", weights) if "personal" in task.arrays else weights)
+        p = model.predict(site.holdout)
+        if model.task == "classes":
+            y = site.holdout.codes(model.targets[0]).astype(np.float64)
+            y[y < 0] = np.nan
+        else:
+            y = np.column_stack([np.asarray(site.holdout[name], np.float64) for name in model.targets])
+            y = y[:, 0] if p.ndim == 1 else y
         if np.isnan(y).any() or np.isnan(p).any():
             raise SchemaError(
                 "schema.missing",
                 "held-out rows have missing labels or features",
-                field=model.target,
+                field=", ".join(model.targets),
                 remedy="impute features in the recipe, and remove rows without a label",
             )
         return y, p
@@ -212,7 +203,11 @@ class Evaluation:
 
     def _per_error(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         far = _far(float(sent_array(sent, "far", ())))
-        return {"rows": touches(), **{name: touches(1, most) for name, most in _most(far).items()}}
+        size = len(self._model(schema).targets)
+        return {"rows": touches(), **{name: touches(size, most) for name, most in _most(far).items()}}
+
+    def _per_class(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
+        return {"confusion": touches(), "log_loss": touches(1, LOSS_CAP)}
 
     @handler("scores", groups=("rows",), record=_per_score)
     def scores(self, site: SiteView, task: Task) -> Reply:
@@ -223,7 +218,7 @@ class Evaluation:
             "rows": len(y),
             "positives": _histogram(p[y == 1], self.params.bins),
             "negatives": _histogram(p[y == 0], self.params.bins),
-            "log_loss": _log_loss(y, p).sum(),
+            "log_loss": log_loss(y, p).sum(),
             "brier": ((p - y) ** 2).sum(),
             "score": np.bincount(_places(p, self.params.bins), weights=p, minlength=self.params.bins),
             "correct": np.array([(called & (y == 1)).sum(), called.sum(), (called == (y == 1)).sum()]),
@@ -236,13 +231,19 @@ class Evaluation:
         y, p = self._scored(site, task)
         return {"cells": np.stack([_histogram(p[y == label], NOISY_BINS) for label in (0, 1)])}
 
+    @handler("classes", record=_per_class)
+    def classes(self, site: SiteView, task: Task) -> Reply:
+        """At the site: counts of held-out rows by true and predicted class, and their summed loss."""
+        y, p = self._scored(site, task)
+        check_groups({"rows": np.array(len(y))}, frozenset({"rows"}), site.min_group_size)
+        return {"confusion": confused(y, p), "log_loss": class_losses(y, p).sum()}
+
     @handler("errors", groups=("rows",), record=_per_error)
     def errors(self, site: SiteView, task: Task) -> Reply:
         """At the site: sums of errors and of the target, and of their squares, over held-out rows."""
         y, p = self._scored(site, task)
         far, model = _far(float(task.take("far", ()))), self._model(site.holdout.schema)
-        middle, half = _middle(site.holdout.schema, model.target)
-        return {"rows": len(y), **_error_sums((y - middle) / half, np.clip((p - middle) / half, -far, far))}
+        return {"rows": len(y), **_error_sums(site.holdout.schema, model.targets, y, p, far)}
 
     @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
@@ -253,13 +254,32 @@ class Evaluation:
         model = self._model(site.holdout.schema)
         if model.task == "binary":
             found = binary_metrics(y, p)
+        elif model.task == "classes":
+            found = class_metrics(confused(y, p), float(class_losses(y, p).sum()))
         else:
-            middle, half = _middle(site.holdout.schema, model.target)
-            sums = _error_sums((y - middle) / half, np.clip((p - middle) / half, -FAR, FAR))
-            found = error_metrics(len(y), **sums, unit=half)
+            schema = site.holdout.schema
+            found = _by_target(schema, model, len(y), _error_sums(schema, model.targets, y, p, FAR))
         if site.shares("rows"):
             found["rows"] = float(len(y))
-        return {name: found.get(name, math.nan) for name in OWN}
+        return {name: found.get(name, math.nan) for name in _own(model)}
+
+
+def asked_of(model: Model, *, exact: bool, personal: bool) -> Program:
+    """The evaluation that a study makes of a model, during a run and after it."""
+    return build("statistics.evaluation", {"model": model.spec(), "own": exact, "personal": personal})
+
+
+def scored(learner: Any, cohort: Cohort, weights: Array, number: int) -> Steps:
+    """Score *learner*'s model in mid-run, as Metrics of round *number*: the cohort's, each site's own ("accuracy,
+    north") and those of personal models ("personal accuracy")."""
+    asked = asked_of(learner.model(cohort.schema), exact=cohort.exact, personal=learner.personal)
+    found = yield from asked.coordinate(cohort, {"weights": weights})
+    values: dict[str, float] = {}
+    for prefix, part in (("", found), ("personal ", found.get("personal", {}))):
+        values |= {prefix + name: value for name, value in part.get("pooled", {}).items()}
+        for site, own in part.get("own", {}).items():
+            values |= {f"{prefix}{name}, {site}": value for name, value in own.items() if name != "rows"}
+    yield Metrics(number, {name: value for name, value in values.items() if not math.isnan(value)})
 
 
 def from_cells(cells: Array) -> dict[str, Array]:
@@ -304,11 +324,32 @@ def _most(far: float) -> dict[str, float]:
     return {"absolute": 1 + far, "squared": (1 + far) ** 2, "y": 1.0, "y_squares": 1.0}
 
 
-def _error_sums(y: Floats, p: Floats) -> dict[str, float]:
+def _error_sums(
+    schema: TableSchema, targets: tuple[str, ...], y: Floats, p: Floats, far: float
+) -> dict[str, NDArray[np.float64]]:
+    """Of each target, [targets], in units of half its range about its middle; predictions within *far*."""
+    middle, half = np.array([_middle(schema, name) for name in targets]).T
+    y, p = (values.reshape(len(values), len(targets)) for values in (y, p))
+    y, p = (y - middle) / half, np.clip((p - middle) / half, -far, far)
     error = p - y
     return {
-        "absolute": float(np.abs(error).sum()),
-        "squared": float((error**2).sum()),
-        "y": float(y.sum()),
-        "y_squares": float((y**2).sum()),
-    }
+        "absolute": np.abs(error).sum(0), "squared": (error**2).sum(0), "y": y.sum(0), "y_squares": (y**2).sum(0),
+    }  # fmt: skip
+
+
+def _by_target(schema: TableSchema, model: Model, rows: int, sums: Mapping[str, Array]) -> dict[str, float]:
+    """Metrics of each target; of several, their means first, then "mae speed_15" and so on."""
+    each = [
+        error_metrics(rows, **{n: float(v[i]) for n, v in sums.items()}, unit=_middle(schema, name)[1])
+        for i, name in enumerate(model.targets)
+    ]
+    if len(each) == 1:
+        return each[0]
+    named = {f"{n} {name}": v for name, found in zip(model.targets, each, strict=True) for n, v in found.items()}
+    return {**{n: float(np.mean([found[n] for found in each])) for n in each[0]}, **named}
+
+
+def _own(model: Model) -> tuple[str, ...]:
+    """The metrics that a site can tell of its own."""
+    several = model.targets if len(model.targets) > 1 else ()
+    return OWN + tuple(f"{metric} {name}" for name in several for metric in ("mae", "rmse", "r2"))

@@ -1,0 +1,219 @@
+"""What the algorithms of federated averaging's family do alike: who is asked, what travels, the average, checkpoints.
+
+An algorithm derives from :class:`Federated`, mostly by way of ``FedAvg``, and says what its paper adds: ``begin``, the
+coordinator's state; ``extras``, what sites send beside the change of the weights; ``local``, a site's round; ``step``,
+the coordinator's; ``stays`` and ``mine``, what a site has of its own.
+
+Parties: sites and coordinator. Messages: "weights", and what else an algorithm's coordinator keeps for its sites
+(``told``), go out; each round is one Sum of weight · (change of weights, mean loss, ``extras``) and of the weight. The
+coordinator learns the weighted means, each site's under ``plain``. Dropout: the round is of the survivors; a site whose
+training diverges drops out. Cost: one round trip of the model's size per round and site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from atoll.compression.update import Compression
+from atoll.contract.disclosure import check_groups
+from atoll.contract.program import Cohort, SiteView, handler
+from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count
+from atoll.contract.rounds import Field as Declared
+from atoll.contract.schema import TableSchema
+from atoll.contract.sensitivity import Norms, touches, within
+from atoll.contract.updates import Update
+from atoll.contract.wire import Array
+from atoll.horizontal.local import Kept, Local, LocalParams, layers_of
+from atoll.models.linear import named
+from atoll.models.model import Model
+from atoll.statistics.evaluation import scored
+
+State = dict[str, Array]
+OFFERS = {"bounded", "resolution", "bounded-weight"}
+
+
+class FederatedParams(LocalParams):
+    """sites_per_round: how many are drawn for each round (default: all). weighting: by "rows", or every site alike.
+    clip: a site's change of any one weight per round is clipped to it (this is the bound); clip_norm_l2: and the
+    change as a whole to this norm. evaluate_every: score on held-out rows after so many rounds."""
+
+    rounds: int = Field(default=20, ge=1)
+    sites_per_round: int | None = Field(default=None, ge=1)
+    weighting: Literal["rows", "sites"] = "rows"
+    clip: float = Field(default=10.0, gt=0)
+    clip_norm_l2: float | None = Field(default=None, gt=0)
+    compress: Compression = Compression()
+    evaluate_every: int | None = Field(default=None, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1)
+
+
+class Federated:
+    """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
+    "weights". personal: does each site end with a model of its own?"""
+
+    told: ClassVar[tuple[str, ...]] = ("weights",)
+    personal: ClassVar[bool] = False
+
+    def __init__(self, params: Any) -> None:
+        self.params, self._kept = params, Kept(params)
+
+    def model(self, schema: TableSchema) -> Model:
+        """The model it fits, before any fitting; what evaluation is then asked about."""
+        return self._kept.model(schema)
+
+    # -- what an algorithm says
+
+    def size(self, model: Model) -> int:
+        """How long "weights" is, and all that is ``told``."""
+        return len(model.weights)
+
+    def begin(self, model: Model, cohort: Cohort) -> State:
+        """The coordinator's state before the first round."""
+        return {"weights": model.initial(cohort.seed)}
+
+    def extras(self, model: Model) -> Mapping[str, tuple[tuple[int, ...], float]]:
+        """What a site sends beside the change of "weights" and its "loss": shape, and bound of each element."""
+        return {}
+
+    def stays(self, model: Model) -> NDArray[np.bool_]:
+        """Weights that sites learn and do not send, [size]."""
+        return np.zeros(self.size(model), bool)
+
+    def local(self, at: Local, sent: State) -> Mapping[str, Any]:
+        """A site's round: {"weights": its change [size], "loss": …, extras}, before weighting."""
+        raise NotImplementedError
+
+    def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
+        """The coordinator's round. mean: the weighted mean of what sites sent, zero where nothing travels; share: of
+        the cohort that is in it."""
+        raise NotImplementedError
+
+    def mine(self, at: Local, sent: State) -> Array:
+        """Of personalised learning: a site's own weights [num_weights], when these were sent last."""
+        raise NotImplementedError
+
+    # -- at the coordinator
+
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """Returns {"model", "history": mean local loss by round, and a linear model's "coefficients"}."""
+        model, p, most = self.model(cohort.schema), self.params, self._most(cohort.schema)
+        state = dict(start) if start else self.begin(model, cohort)
+        history = state.pop("history", np.empty(0)).tolist()
+        moving = self._moving(model)
+        last = state.pop("last", np.zeros(len(moving)))
+        fields = self._fields(model, most)
+        for number in range(len(history), p.rounds):
+            support, asked = p.compress.support(last, cohort.seed, number), self._drawn(cohort, number)
+            sent = {**self._told(model, state), **({"support": support} if p.compress.keep < 1 else {})}
+            total = yield Round("train", Sum(), fields, sent, sites=asked)
+            update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
+            mean = (update if cohort.exact else replace(update, weight=max(update.weight, 1.0))).mean()
+            last[support] = mean["weights"]
+            mean["weights"] = np.zeros(self.size(model))
+            mean["weights"][moving[support]] = last[support]
+            self.step(state, mean, len(total.sites) / len(cohort.sites))
+            history.append(float(mean["loss"]))
+            yield Metrics(number, {"loss": history[-1]})
+            done = number + 1
+            if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
+                yield from self._finish(model, state)
+                yield from scored(self, cohort, self.final(model, state).weights, number)
+            if done % p.checkpoint_every == 0:
+                whole = {"last": last} if p.compress.keep < 1 else {}
+                yield Checkpoint({**state, **whole, "history": np.array(history)})
+        yield from self._finish(model, state)
+        model = self.final(model, state)
+        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+
+    def final(self, model: Model, state: State) -> Model:
+        """The federation's model after a round."""
+        return model.with_weights(state["weights"])
+
+    def _finish(self, model: Model, state: State) -> Steps:
+        if self.personal:
+            yield Round("personalise", Sum(), {"sites": count(bound=1)}, self._told(model, state))
+
+    def _told(self, model: Model, state: State) -> State:
+        return {name: state[name].astype(model.dtype) for name in self.told}
+
+    def _drawn(self, cohort: Cohort, number: int) -> tuple[str, ...] | None:
+        """The sites of a round, drawn alike by everybody who knows the plan's seed; None: all."""
+        wanted = self.params.sites_per_round
+        if wanted is None or wanted >= len(cohort.sites):
+            return None
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((cohort.seed, number, 1))))
+        drawn = random.choice(len(cohort.sites), wanted, replace=False)
+        return tuple(cohort.sites[i] for i in sorted(drawn))
+
+    # -- declared
+
+    def _moving(self, model: Model) -> NDArray[np.int64]:
+        """Places in "weights" that travel, in order."""
+        copies = self.size(model) // len(model.weights)
+        return np.flatnonzero(~np.tile(layers_of(model, self.params.freeze), copies) & ~self.stays(model))
+
+    def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
+        sent = self.params.compress.count(len(self._moving(model)))
+        return {"weights": ((sent,), self.params.clip), "loss": ((), self.params.clip), **self.extras(model)}
+
+    def _most(self, schema: TableSchema) -> float:
+        return schema.max_rows if self.params.weighting == "rows" else 1.0
+
+    def _fields(self, model: Model, most: float) -> dict[str, Declared]:
+        found: dict[str, Declared] = {}
+        for name, (shape, bound) in self._shapes(model).items():
+            step = self.params.compress.step(bound)
+            found |= Update.fields({name: np.zeros(shape)}, value_bound=bound, weight_bound=most, step=step)
+        return found
+
+    def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
+        p, most = self.params, self._most(schema)
+        shapes = self._shapes(self.model(schema))
+        found = {name: touches(int(np.prod(shape)), bound) * most for name, (shape, bound) in shapes.items()}
+        size = shapes["weights"][0][0]
+        rounding = size**0.5 * p.compress.step(p.clip) if p.compress.bits else 0.0
+        norm = min(p.clip * size**0.5, (p.clip_norm_l2 or np.inf) + rounding)
+        return {**found, "weights": within(norm, size) * most, "weight": touches(1, most)}
+
+    # -- at a site
+
+    def _at(self, site: SiteView, task: Task) -> tuple[Local, State]:
+        model = self.model(site.table.schema)
+        sent = {name: task.take(name, (self.size(model),)) for name in self.told}
+        frozen = layers_of(model, self.params.freeze)
+        examples = self._kept.examples(site.table)
+        return Local(self.params, model, examples, site, task, frozen if frozen.any() else None), sent
+
+    @handler("train", site=_per_site)
+    def train(self, site: SiteView, task: Task) -> Reply:
+        """At the site: the change of the weights by its own training, and the mean loss on the way."""
+        p, (at, sent) = self.params, self._at(site, task)
+        shapes = self._shapes(at.model)
+        if not len(at.examples):
+            return Update.zero_like({name: np.zeros(shape) for name, (shape, _) in shapes.items()}).reply()
+        check_groups({"weight": np.array(len(at.examples))}, frozenset({"weight"}), site.min_group_size)
+        moving, found = self._moving(at.model), dict(self.local(at, sent))
+        support = p.compress.told(task, len(moving)) if p.compress.keep < 1 else slice(None)
+        change = p.compress.carried(np.asarray(found["weights"], np.float64)[moving], support, site.state)
+        if p.clip_norm_l2 is not None:
+            change *= p.clip_norm_l2 / max(float(np.linalg.norm(change)), p.clip_norm_l2)
+        found["weights"] = p.compress.rounded(change, p.clip, task)
+        means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
+        return Update.of(means, len(at.examples) if p.weighting == "rows" else 1.0).reply()
+
+    def _nothing(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
+        return {"sites": Norms(0, 0)}
+
+    @handler("personalise", record=_nothing, site=_nothing)
+    def personalise(self, site: SiteView, task: Task) -> Reply:
+        """At the site: it keeps a model of its own; what leaves is that it did."""
+        at, sent = self._at(site, task)
+        own = self.mine(at, sent) if len(at.examples) else sent["weights"][: len(at.model.weights)]
+        site.personal["weights"] = np.asarray(own, np.float64)
+        return {"sites": 1}

@@ -1,0 +1,157 @@
+"""A site's own learning between two messages: what the sites of every federated algorithm do alike.
+
+Source: McMahan et al. 2017, Communication-Efficient Learning of Deep Networks from Decentralized Data, Algorithm 1,
+ClientUpdate; with momentum: Wang et al. 2020 (FedNova), §4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.program import SiteView, TableView
+from atoll.contract.rounds import Task
+from atoll.contract.schema import TableSchema
+from atoll.models.model import Examples, LearnerParams, Model
+
+Weights = NDArray[Any]
+"""Flat, [num_weights], in the model's dtype."""
+Mask = NDArray[np.bool_]
+Slope = Callable[[Weights, Examples, Weights], Weights]
+"""(weights, batch, gradient of the loss) → the direction to step against: what an algorithm makes of a gradient."""
+
+
+class LocalParams(LearnerParams):
+    """local_epochs: passes over a site's rows in a round; local_steps: that many mini-batches instead. momentum,
+    weight_decay: of a site's own steps. freeze: layers that nobody learns, by the beginning of their names."""
+
+    local_epochs: int = Field(default=1, ge=1)
+    local_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=0.1, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    freeze: tuple[str, ...] = ()
+
+
+def layers_of(model: Model, names: tuple[str, ...]) -> Mask:
+    """The weights of all layers whose names begin with one of *names*, [num_weights]; raises PlanError if there is
+    no such layer."""
+    found = np.zeros(len(model.weights), bool)
+    for name in names:
+        layers = [where for layer, where in model.layers.items() if layer == name or layer.startswith(name + ".")]
+        if not layers:
+            raise PlanError(
+                "model.no-layer", f"the model has no layer {name!r}", field=name,
+                remedy="its layers: " + ", ".join(model.layers),
+            )  # fmt: skip
+        for where in layers:
+            found[where] = True
+    return found
+
+
+class Kept:
+    """The model and the examples last asked for: a program's rounds ask for the same ones."""
+
+    def __init__(self, params: LearnerParams) -> None:
+        self._params = params
+        self._model: tuple[TableSchema, Model] | None = None
+        self._examples: tuple[TableView, Examples] | None = None
+
+    def model(self, schema: TableSchema) -> Model:
+        """Unfitted; raises PlanError."""
+        if self._model is None or self._model[0] is not schema:
+            self._model = (schema, self._params.unfitted(schema))
+        return self._model[1]
+
+    def examples(self, table: TableView) -> Examples:
+        """All rows of *table*."""
+        if self._examples is None or self._examples[0] is not table:
+            self._examples = (table, self.model(table.schema).examples(table))
+        return self._examples[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Where a site's steps led. steps: how many. loss: the mean over their batches, each before its step."""
+
+    weights: Weights
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """One site in one round. fixed: weights that no step changes, [num_weights]; None: there are none."""
+
+    params: LocalParams
+    model: Model
+    examples: Examples
+    site: SiteView
+    task: Task
+    fixed: Mask | None = None
+
+    @property
+    def steps(self) -> int:
+        """Mini-batches in a round."""
+        in_epoch = -(-len(self.examples) // self.params.batch_size)
+        return self.params.local_steps or self.params.local_epochs * in_epoch
+
+    def batches(self, steps: int | None = None, part: int = 0) -> Iterator[Examples]:
+        """Mini-batches in random order; *part* numbers several passes of one round."""
+        size, wanted, number = self.params.batch_size, self.steps if steps is None else steps, len(self.examples)
+        in_epoch, shuffler = -(-number // size), self.task.shuffler()
+        for _ in range(part):
+            shuffler = np.random.Generator(np.random.Philox(shuffler.integers(2**63)))
+        for step in range(wanted):
+            if step % in_epoch == 0:
+                order = shuffler.permutation(number)
+                self.site.progress(step, wanted)
+            yield self.examples.take(order[step % in_epoch * size :][:size])
+
+    def sgd(
+        self, start: Weights, slope: Slope | None = None, *, steps: int | None = None, fixed: Mask | None = None,
+        part: int = 0,
+    ) -> Trained:  # fmt: skip
+        """Stochastic gradient descent from *start*, by default for a round. fixed: weights that it leaves alone, beside
+        those of the round. Raises ProtocolError "site.diverged"."""
+        p, model, losses = self.params, self.model, []
+        weights = np.array(start, model.dtype)
+        velocity = np.zeros_like(weights) if p.momentum else None
+        still = [mask for mask in (self.fixed, fixed) if mask is not None]
+        rate = np.asarray(p.learning_rate, model.dtype)
+        for batch in self.batches(steps, part):
+            loss, gradient = model.loss_and_gradient(weights, batch)
+            losses.append(loss)
+            followed = gradient[model.running].copy()
+            if slope is not None:
+                gradient = slope(weights, batch, gradient)
+            if p.weight_decay:
+                gradient = gradient + np.asarray(p.weight_decay, model.dtype) * weights
+            if velocity is not None:
+                velocity *= np.asarray(p.momentum, model.dtype)
+                velocity += gradient
+                gradient = velocity
+            step = rate * gradient
+            step[model.running] = followed
+            for mask in still:
+                step[mask] = 0
+            weights -= step
+        loss = float(np.mean(losses)) if losses else 0.0
+        if not (np.isfinite(loss) and np.isfinite(weights).all()):
+            raise diverged()
+        return Trained(weights, len(losses), loss)
+
+
+def diverged() -> ProtocolError:
+    """The one error for a loss, or weights, that are no numbers any more."""
+    return ProtocolError(
+        "site.diverged", "training diverged at this site: its loss is not a finite number", field="learning_rate",
+        remedy="lower the learning rate, scale the features, or give clip_norm_l2",
+    )  # fmt: skip
