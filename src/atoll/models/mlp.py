@@ -51,8 +51,8 @@ class Mlp(Network):
         """The features in [-1, 1], float32 [num_rows, num_features]; raises SchemaError where cells are missing."""
         names = self.settings.features
         columns = np.column_stack([np.asarray(table[name], np.float64) for name in names])
-        if (gaps := np.isnan(columns).any(axis=0)).any():
-            raise missing([name for name, gap in zip(names, gaps, strict=True) if gap])
+        if gaps := [names[i] for i in np.flatnonzero(np.isnan(columns).any(axis=0))]:
+            raise missing(gaps)
         return (((columns - self.scale.middle) / self.scale.half).astype(np.float32),)
 
     def tensors(self, inputs: tuple[Array, ...]) -> tuple[Tensor, ...]:
