@@ -20,7 +20,7 @@ import numpy as np
 from atoll.contract.plan import Plan
 from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
-from atoll.models.model import from_spec
+from atoll.models import stored
 from atoll.runtime.sandbox import read_sites, run_sandbox
 from atoll.statistics.scores import binary_metrics
 from benchmarks.table import Row, main
@@ -112,8 +112,7 @@ def pneumonia(hospitals: int, quick: bool) -> list[Row]:
             test = Table(base.table, {"image": held["image"], "pneumonia": held["pneumonia"].astype(np.float64)})
 
         def score(result: dict[str, Any], out: Path) -> float:
-            with np.load(out / "model" / "weights.npz") as arrays:
-                learned = from_spec(result["model"]["spec"], base.table, dict(arrays))
+            learned, _, _ = stored.load(out / "model")
             return binary_metrics(test["pneumonia"], learned.predict(test))["accuracy"]
 
         name = f"pneumonia, {hospitals} hospitals"

@@ -284,6 +284,8 @@ class Driven:
     metrics: list[Metrics] = field(default_factory=list)
     checkpoints: list[tuple[int, Checkpoint]] = field(default_factory=list)
     """(number of the round it comes before, state)."""
+    kept: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    """What every site's state was at each checkpoint."""
     desks: dict[str, Desk] = field(default_factory=dict)
 
 
@@ -294,12 +296,15 @@ def _drive(
     *,
     absent: Callable[[int], Sequence[str]] = lambda _: (),
     first_round: int = 0,
+    kept: Mapping[str, Mapping[str, Any]] | None = None,
     check_bounds: bool = True,
     rule: Rule = Rule(),  # noqa: B008
 ) -> Driven:
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
     small = rule.min_group_size
     desks = {n: Desk(n, t, (holdouts or empty)[n], min_group_size=small) for n, t in tables.items()}
+    for name, state in (kept or {}).items():
+        desks[name].state = dict(state)
     driven, value, in_flight = Driven(desks=desks), None, []
     while True:
         try:
@@ -312,6 +317,7 @@ def _drive(
             driven.metrics.append(item)
         elif isinstance(item, Checkpoint):
             driven.checkpoints.append((first_round + len(driven.rounds), item))
+            driven.kept.append({name: dict(desk.state) for name, desk in desks.items()})
         else:
             number = first_round + len(driven.rounds)
             made = build(item.program, item.params)
@@ -354,6 +360,6 @@ def drive() -> Callable[..., Driven]:
     """``drive(steps, tables, holdouts=None, absent=…)``: a program's two halves run against each other.
 
     Every reply must have exactly the declared fields, dtypes and shapes and keep its declared
-    bounds. absent(round number) names the sites that drop out of a round.
+    bounds. absent(round number) names the sites that drop out of a round. kept: sites' states to begin with.
     """
     return _drive

@@ -2,20 +2,17 @@
 
     python examples/pneumonia/score.py RESULT/model DATA/test.npz
 
-The model is read from its open format: model.json says what it is, weights.npz holds the numbers.
+The model is read from its open format: model.json says what it is, model.safetensors holds the numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 
-from atoll.contract.plan import Plan
-from atoll.data.table import Table
-from atoll.models.model import from_spec
+from atoll.models import estimator
 from atoll.statistics.scores import binary_metrics
 
 
@@ -24,14 +21,10 @@ def main() -> None:
     arguments.add_argument("model", type=Path)
     arguments.add_argument("test", type=Path)
     given = arguments.parse_args()
-    schema = Plan.load(Path(__file__).parent / "plan.yaml").table
     with np.load(given.test) as data:
-        table = Table(schema, {"image": data["image"], "pneumonia": data["pneumonia"].astype(np.float64)})
-    card = json.loads((given.model / "model.json").read_text(encoding="utf-8"))
-    with np.load(given.model / "weights.npz") as arrays:
-        model = from_spec(card["model"]["spec"], schema, dict(arrays))
-    found = binary_metrics(table["pneumonia"], model.predict(table))
-    print(f"{len(table)} test images: accuracy {found['accuracy']:.3f}, AUC {found['auc']:.3f}")
+        images, labels = data["image"], data["pneumonia"].astype(np.float64)
+    found = binary_metrics(labels, estimator.load(given.model).predict_proba({"image": images})[:, 1])
+    print(f"{len(labels)} test images: accuracy {found['accuracy']:.3f}, AUC {found['auc']:.3f}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from atoll.cli.main import app
 from atoll.contract.plan import Plan
+from atoll.models import stored
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "400"}
@@ -55,8 +56,8 @@ def check_result(out: Path, sites: set[str], transport: str) -> dict[str, Any]:
     assert (out / "report.html").is_file()
     model = json.loads((out / "model" / "model.json").read_text())
     assert model["plan_hash"] == result["plan_hash"]
-    with np.load(out / "model" / "weights.npz") as weights:
-        assert len(weights["weights"]) == 1 + len(model["model"]["spec"]["features"])
+    fitted, _, _ = stored.load(out / "model")
+    assert len(fitted.weights) == 1 + len(model["model"]["spec"]["features"])
     assert {path.stem for path in (out / "ledger").iterdir()} == {"coordinator", *sites}
     return dict(result)
 
@@ -155,7 +156,8 @@ def test_heart_is_the_same_with_a_process_per_party(
     local_out, local = heart_result
     result = run_heart(heart, tmp_path, "grpc")
     assert {key for key in result if result[key] != local[key]} == {"run", "transport", "seconds"}
-    assert (tmp_path / "model" / "weights.npz").read_bytes() == (local_out / "model" / "weights.npz").read_bytes()
+    numbers = "model/model.safetensors"
+    assert (tmp_path / numbers).read_bytes() == (local_out / numbers).read_bytes()
     assert "intact" in atoll("ledger", "verify", *sorted((tmp_path / "ledger").iterdir())).stdout
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from atoll.contract.errors import SchemaError
 from atoll.contract.schema import Column, TableSchema
 from atoll.data import columns as stored_columns
-from atoll.data.columns import Stored
+from atoll.data.columns import Stored, to_array
 from atoll.data.engine import Engine
 from atoll.data.frame import ROW, Frame
 from atoll.data.table import Table
@@ -93,3 +95,13 @@ def test_files_are_gone_with_their_table(small_memory: None) -> None:
     assert folder.is_dir()
     del found
     assert not folder.exists()
+
+
+def test_a_missing_image_is_black_where_the_schema_allows_it() -> None:
+    cells = pa.array([bytes(range(6)), None], pa.binary())
+    column = Column(**COLUMNS["scan"])
+    assert to_array(cells, column).tolist() == [[[0, 1, 2], [3, 4, 5]], [[0, 0, 0], [0, 0, 0]]]
+    for odd, declared in ((cells, column.model_copy(update={"missing": "forbid"})), (pa.array([b"123"]), column)):
+        with pytest.raises(SchemaError) as caught:
+            to_array(odd, declared)
+        assert caught.value.code == "schema.image-shape"

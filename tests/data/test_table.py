@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import SchemaError
-from atoll.data.table import Table, concatenate, hold_out
+from atoll.data.table import Table, concatenate, hold_out, hold_out_latest
 
 
 def split_again(labels: list[Any] | None, num_rows: int, fraction: float, seed: int, site: str) -> list[bool]:
@@ -105,3 +105,20 @@ def test_an_unknown_column_is_an_error_that_suggests(federation: Any) -> None:
     assert "'height'" in caught.value.remedy
     with pytest.raises(SchemaError):
         list(table.batches(("age", "sex")))
+
+
+def test_the_latest_rows_are_held_out_and_equals_stay_together() -> None:
+    days = np.array(["2024-01-03", "2024-01-01", "NaT", "2024-01-02", "2024-01-02"], "datetime64[D]")
+    assert hold_out_latest(days, 0.25).tolist() == [True, False, False, False, False]
+    assert hold_out_latest(days, 0.5).tolist() == [True, False, False, True, True]  # the border is on equal days
+    assert not hold_out_latest(days, 0.0).any()
+    assert hold_out_latest(np.array([np.nan, 2.0, 1.0]), 0.01).tolist() == [False, True, False]
+    assert hold_out_latest(np.empty(0), 0.5).tolist() == []
+
+
+@given(times=st.lists(st.integers(0, 50), min_size=1, max_size=60), fraction=st.floats(0.01, 0.99))
+def test_no_held_out_row_is_before_a_training_row(times: list[int], fraction: float) -> None:
+    order = np.array(times, float)
+    held = hold_out_latest(order, fraction)
+    assert held.any()
+    assert held.all() or order[~held].max() < order[held].min()

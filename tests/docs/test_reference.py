@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +15,26 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import to_jsonable_python
 
+import atoll.models
 from atoll.cli.main import app
 from atoll.contract.plan import CohortRule, Plan, Recipe, RunSettings
 from atoll.contract.program import REGISTRY
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.recipe import STEPS
 from atoll.data.sources import SourceSpec
+from atoll.horizontal.federated import FederatedParams
+from atoll.models.model import KINDS, Settings
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.home import CoordinatorConfig, SiteConfig
 from atoll.runtime.policy import Policy
+
+
+def kinds() -> dict[str, Any]:
+    """Every kind of model of Atoll's own."""
+    for module in pkgutil.iter_modules(atoll.models.__path__, "atoll.models."):
+        importlib.import_module(module.name)
+    return {name: cls for name, cls in KINDS.items() if cls.__module__.startswith("atoll.")}
+
 
 load_installed()
 ROOT = Path(__file__).parents[2]
@@ -38,6 +51,7 @@ SETTINGS: dict[str, type[BaseModel]] = {
     "site.yaml": SiteConfig,
     "coordinator.yaml": CoordinatorConfig,
     **{name: cls.Params for name, cls in REGISTRY.items() if cls.__module__.startswith("atoll.")},
+    **{f"model: {name}": cls.Spec for name, cls in kinds().items()},
 }
 
 
@@ -54,8 +68,14 @@ def rows(text: str) -> dict[str, list[str]]:
 
 
 def keys(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
-    """(key as users write it, default or "*required*") of a model."""
+    """(key as users write it, default or "*required*") of a model; of a learner made of FedAvg what it adds, or begins
+    with otherwise; of a model's kind what is not in every kind's settings."""
+    known = FederatedParams if model is not FederatedParams and issubclass(model, FederatedParams) else None
+    known = Settings if issubclass(model, Settings) else known
     for name, field in model.model_fields.items():
+        same = known and known.model_fields.get(name)
+        if same and (known is Settings or same.default == field.default):
+            continue
         required = field.is_required()
         default = "*required*" if required else to_jsonable_python(field.get_default(call_default_factory=True))
         yield field.alias or name, default

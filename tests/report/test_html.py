@@ -148,6 +148,29 @@ def test_the_outcome_compares_honestly(model_study: Any) -> None:
     assert outcome(result, details).endswith("a model trained on all records in one place reaches 0.891.")
 
 
+def test_personal_models_stand_beside_the_others(model_study: Any, closed_world: Any) -> None:
+    result, details = copy.deepcopy(model_study)
+    plain = page(result, details)
+    metrics = result["metrics"]
+    metrics["personal"] = {**metrics["federated"], "auc": 0.912}
+    for site, auc in (("north", 0.93), ("harbour", 0.91), ("university", 0.8)):
+        metrics["per_site"][site]["personal"] = {**metrics["federated"], "auc": auc, "rows": 43.0}
+    content = page(result, details)
+    told = "".join(closed_world(content).text)
+    assert "each has a model of its own" in outcome(result, details) and "91 of 100 pairs" in outcome(result, details)
+    for words in (
+        "“Personal” are the models that sites keep", "between personal and pooled", "fitted to each site",
+        "ROC curve, personal models",
+    ):  # fmt: skip
+        assert words in told and words not in plain, words
+    assert "the personal model does better than one that the site trains alone at 1 of 2 sites" in told
+    assert "the shared model does better than the site’s own at 1 of 2 sites" in plain
+    [plot] = [line for line in content.split("<svg") if "Bars: AUC on held-out rows" in line]
+    assert "north: local 0.882, federated 0.896, personal 0.930" in plot and "var(--personal)" in plot
+    assert "all sites: federated 0.874, personal 0.912, pooled 0.874" in plot
+    assert 'class="key personal"' in content and "key personal" not in plain
+
+
 def test_many_sites_do_not_make_an_endless_plot(model_study: Any, closed_world: Any) -> None:
     result, details = model_study
     one = result["metrics"]["per_site"]["north"]

@@ -346,3 +346,64 @@ def test_predictions_far_beyond_the_target_count_as_far(federation: Any, drive: 
     table = federation.table({"x": [10.0], "y": [50.0]}, REAL)
     found = evaluate(drive, model_of("linear", table, [0, -1e9]), {"a": table})
     assert found["pooled"]["mae"] == found["own"]["a"]["mae"] == (FAR + 1) * 50
+
+
+# ---------------------------------------------------------------- classes, several targets, personal models
+
+CLASSES = {**X, "y": {"dtype": "text", "values": ["calm", "mild", "wild"], "role": "label"}}
+SEVERAL = {**X, "u": {"range": [-50, 50], "role": "label"}, "v": {"range": [0, 4], "role": "label"}}
+MLP = {"kind": "mlp", "features": ["x"], "hidden": [4]}
+
+
+def random_model(table: Table, target: Any, seed: int = 1) -> Any:
+    made = make({**MLP, "target": target}, table.schema)
+    return made.with_weights(np.random.default_rng(seed).normal(size=made.weights.shape))
+
+
+def test_class_metrics_equal_scikit_learn(federation: Any, drive: Any) -> None:
+    random = np.random.default_rng(4)
+    names = np.array(CLASSES["y"]["values"], object)
+    holdouts = {
+        f"s{i}": federation.table({"x": random.uniform(-9, 9, n), "y": names[random.integers(0, 3 - i, n)]}, CLASSES)
+        for i, n in enumerate((50, 31, 0))
+    }
+    model = random_model(holdouts["s0"], "y")
+    found = evaluate(drive, model, holdouts)
+    y = np.concatenate([table.codes("y") for table in holdouts.values()])
+    p = np.concatenate([model.predict(table) for table in holdouts.values()])
+    called = p.argmax(1)
+    assert found["pooled"] == {
+        "accuracy": pytest.approx(sk.accuracy_score(y, called), rel=1e-12),
+        "macro_f1": pytest.approx(sk.f1_score(y, called, average="macro", labels=[0, 1, 2]), rel=1e-12),
+        "balanced_accuracy": pytest.approx(sk.balanced_accuracy_score(y, called), rel=1e-12),
+        "log_loss": pytest.approx(sk.log_loss(y, p, labels=[0, 1, 2]), rel=1e-6),
+    }
+    assert found["own"]["s1"]["accuracy"] == pytest.approx(sk.accuracy_score(y[50:], called[50:]), rel=1e-12)
+    assert math.isnan(found["own"]["s2"]["accuracy"])
+
+
+def test_each_of_several_targets_is_scored(federation: Any, drive: Any) -> None:
+    random = np.random.default_rng(5)
+    holdouts = {
+        f"s{i}": federation.table(
+            {"x": random.uniform(-9, 9, n), "u": random.uniform(-50, 50, n), "v": random.uniform(0, 4, n)}, SEVERAL
+        )
+        for i, n in enumerate((40, 25))
+    }
+    model = random_model(holdouts["s0"], ["u", "v"])
+    found = evaluate(drive, model, holdouts)["pooled"]
+    pooled = concatenate(list(holdouts.values()))
+    p, errors = model.predict(pooled), {}
+    for i, name in enumerate(("u", "v")):
+        errors[name] = sk.mean_absolute_error(pooled[name], p[:, i])
+        assert found[f"mae {name}"] == pytest.approx(errors[name], rel=1e-9)
+        assert found[f"rmse {name}"] == pytest.approx(sk.root_mean_squared_error(pooled[name], p[:, i]), rel=1e-9)
+        assert found[f"r2 {name}"] == pytest.approx(sk.r2_score(pooled[name], p[:, i]), rel=1e-9)
+    assert found["mae"] == pytest.approx(np.mean(list(errors.values())), rel=1e-12)
+
+
+def test_a_class_without_a_code_is_missing(federation: Any, drive: Any) -> None:
+    holdouts = {"s0": federation.table({"x": [1, 2], "y": ["calm", None]}, CLASSES)}
+    with pytest.raises(SchemaError) as caught:
+        evaluate(drive, random_model(holdouts["s0"], "y"), holdouts)
+    assert (caught.value.code, caught.value.field) == ("schema.missing", "y")

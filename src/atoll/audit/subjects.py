@@ -14,7 +14,8 @@ from atoll.audit.leak import Criterion
 from atoll.audit.view import Batch
 from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
-from atoll.models.cnn import FAINT, ChannelsLast, Cnn
+from atoll.models.cnn import ChannelsLast, Cnn
+from atoll.models.images import FAINT
 from atoll.models.linear import LinearModel
 from atoll.models.model import Model
 
@@ -29,9 +30,11 @@ def cnn_subject(
     model: Cnn, weights: NDArray[np.float64], public: NDArray[np.uint8], criterion: Criterion | None = None
 ) -> Subject:
     """*model* with *weights* [num_weights], and public images as its table has them."""
-    if model.goal.outputs != 1:
-        raise PlanError("audit.no-subject", "attacks know networks of one output", field="model",
-                        remedy="audit a plan with a binary target or one value")  # fmt: skip
+    if model.goal.outputs != 1 or model.settings.norm == "batch":
+        raise PlanError(
+            "audit.no-subject", "attacks know networks of one output, none of whose layers mixes rows", field="model",
+            remedy="audit a plan with a binary target or one value, and without batch normalisation",
+        )  # fmt: skip
     encoder, width = model.encoder()
     for name, layer in list(encoder.named_children()):
         if isinstance(layer, ChannelsLast):  # an order in memory that torch.func.vmap does not know

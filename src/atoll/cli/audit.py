@@ -19,6 +19,7 @@ from atoll.contract.plan import Plan
 from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
+from atoll.models.allowed import allow, asked_in
 from atoll.runtime.home import SiteHome
 from atoll.runtime.policy import audited
 from atoll.runtime.sandbox import read_sites
@@ -50,6 +51,7 @@ def audit(
         raise PlanError("sites.missing", "no SITES.yaml was given", field="sites", remedy="--sites SITES.yaml")
     if len(sources) < plan.cohort.min_sites:
         raise _too_few(plan, len(sources))
+    allow(asked_in(plan.params))  # it is one's own
     settle()
     options = _options(batch, samples, local_steps, seed, steps, membership=membership)
     tables = {name: SiteData.read(spec, plan, base, name) for name, spec in sources.items()}
@@ -68,6 +70,7 @@ def site_audit(
     policy with ``audit`` lets no training begin without. Nothing leaves the site."""
     plan, _, _ = _load(plan_file, None, Path())
     site = SiteHome(home)
+    allow(site.policy.models)
     settle()
     options = _options(batch, samples, local_steps, seed, steps, membership=membership)
     made = _audited(plan, _dealt(plan, site.data(plan), seed), options, _public(public, plan, Path()), quiet=machine)

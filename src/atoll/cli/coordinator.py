@@ -13,6 +13,7 @@ from atoll.cli import show
 from atoll.contract.errors import PlanError
 from atoll.contract.plan import Plan
 from atoll.crypto.identity import fingerprint
+from atoll.models.allowed import allow
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import check_of, findings
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome
@@ -109,10 +110,11 @@ def submit(
 ) -> None:
     """Submit a plan; the running coordinator drives it as soon as the sites approve."""
     load_installed()
-    plan = Plan.load(plan_file)
+    plan, coordinator = Plan.load(plan_file), CoordinatorHome(home)
+    allow(coordinator.config.models)
     check_plan(plan)
     plan = settled(check_of(plan) if check else plan)
-    store = CoordinatorHome(home).store()
+    store = coordinator.store()
     sites = plan.cohort.sites or tuple(store.roster())
     if len(sites) < plan.cohort.min_sites:
         raise PlanError(
@@ -205,10 +207,11 @@ def _write(store: Any, run: str, out: Path) -> None:
     found, arrays = store.result(run)
     (out / "ledger").mkdir(parents=True, exist_ok=True)
     store.export_ledger(out / "ledger" / "coordinator.jsonl")
-    shown = details(store.run(run)["plan"], store.metrics(run), store.rounds(run), {})
+    plan = store.run(run)["plan"]
+    shown = details(plan, store.metrics(run), store.rounds(run), {})
     shown["curves"] = found.pop("curves", {})
     write_json(out / "result.json", found)
-    write_model(out / "model", found, arrays)
+    write_model(out / "model", plan, found, arrays)
     show.report(out / "report.html", found, shown)
     show.out.print(f"written to [bold]{out}[/]: report.html, result.json, model/, ledger/")
 

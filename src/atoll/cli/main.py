@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from atoll import __version__
-from atoll.cli import audit, coordinator, ledger, profile, sandbox, show, site
+from atoll.cli import audit, coordinator, export, ledger, profile, sandbox, show, site
 from atoll.contract.errors import AtollError, PlanError
 from atoll.contract.program import REGISTRY, summary
 from atoll.runtime.catalogue import load_installed
@@ -22,6 +22,7 @@ app.command()(sandbox.check)
 app.command()(sandbox.run)
 app.command()(profile.profile)
 app.command()(audit.audit)
+app.command()(export.export)
 site.app.command("audit")(audit.site_audit)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(coordinator.app, name="coordinator")

@@ -19,6 +19,7 @@ from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
+from atoll.models.allowed import allow, asked_in
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
@@ -60,6 +61,7 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     found: dict[str, Any] = {"plan": plan.name, "plan_hash": plan.hash, "problems": [], "sites": {}, "warnings": []}
     problems: list[AtollError] = []
     num_sites = len(sources) or len(plan.cohort.sites) or plan.cohort.min_sites
+    allow(asked_in(plan.params))  # it is one's own
     try:
         check_plan(plan)
         plan = settled(plan)

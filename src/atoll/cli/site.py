@@ -19,10 +19,13 @@ from atoll.crypto.identity import fingerprint
 from atoll.crypto.pki import certificate_fingerprint
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
+from atoll.models.allowed import allow
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
 from atoll.runtime.home import SiteHome
 from atoll.runtime.journal import OPEN, Journal
+from atoll.runtime.personal import personal_model
+from atoll.runtime.results import write_model
 from atoll.runtime.serve import serve_site, settle, until_ended
 from atoll.runtime.study import check_plan
 
@@ -83,6 +86,7 @@ def check(
         data, base = SiteData.read(spec, plan, source.parent, source.stem), source.parent
     else:
         site = SiteHome(home)
+        allow(site.policy.models)
         site.policy.check_plan(plan, plan.cohort.min_sites, check_plan(plan).version)
         data, base, spec = site.data(plan), site.folder, site.config.datasets[plan.dataset]
     table, warnings = data.base(), compared(plan, {"this-site": spec}, base)
@@ -223,6 +227,23 @@ def budget(home: Home = DEFAULT, machine: Machine = False) -> None:
         ("data set", "of one", "in a", "ε spent or reserved", "δ", "exact releases"),
         [(x["dataset"], x["unit"], x["per"], of(x, "epsilon"), of(x, "delta"), of(x, "exact")) for x in lines],
     )
+
+
+@app.command()
+def model(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write it to.")],
+    home: Home = DEFAULT,
+) -> None:
+    """Write the model that this site has for itself after a personalised run; it never left the site."""
+    load_installed()
+    site = SiteHome(home)
+    allow(site.policy.models)
+    journal = site.journal()
+    plan, result, arrays = personal_model(journal, run)
+    journal.close()
+    write_model(out, plan, result, arrays)
+    show.say(f"{site.config.name}'s own model of {plan.name}, run {result['run']}, written to {out}")
 
 
 @app.command()

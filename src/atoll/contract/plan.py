@@ -63,13 +63,14 @@ class CohortRule(_Part):
 
 
 class RunSettings(_Part):
-    """seed: of splits and shuffles. holdout: fraction of each site's rows kept for evaluation,
-    stratified by the program's target. deadline_s: seconds without progress after which a
-    site counts as dropped out. evaluate: score the model on the held-out rows. min_group_size:
-    fewest people in any cell that is reported; a site refuses a plan that promises less than its policy."""
+    """seed: of splits and shuffles. holdout: fraction of each site's rows kept for evaluation, stratified by the
+    program's target, or the latest by the column holdout_by (for forecasts). deadline_s: seconds without progress
+    after which a site counts as dropped out. evaluate: score the model on the held-out rows. min_group_size: fewest
+    people in any cell that is reported; a site refuses a plan that promises less than its policy."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    holdout_by: str | None = None
     deadline_s: float = Field(default=120.0, gt=0)
     evaluate: bool = True
     min_group_size: int = Field(default=5, ge=1)

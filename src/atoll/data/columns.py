@@ -1,7 +1,8 @@
 """Columns as arrays: in memory when they are small, else one file each that is mapped when it is looked at.
 
 float64 (NaN = missing) for numbers, str objects (None = missing) for text, datetime64[D] for
-dates and datetime64[us] (UTC) for datetimes (NaT = missing), uint8 [num_rows, *shape] for images.
+dates and datetime64[us] (UTC) for datetimes (NaT = missing), uint8 [num_rows, *shape] for images (black = missing,
+where the schema allows that).
 """
 
 from __future__ import annotations
@@ -175,7 +176,8 @@ def to_array(cells: Any, declared: Column | None) -> NDArray[Any]:
         return np.asarray(marks.view("<i8") if marks.dtype == np.uint64 else marks.astype("<i8"))
     if declared.dtype == "image":
         shape = declared.shape or ()
-        rows = cells.to_pylist()
+        missing = bytes(math.prod(shape)) if declared.missing == "allow" else None
+        rows: list[Any] = [missing if row is None else row for row in cells.to_pylist()]
         if any(row is None or len(row) != math.prod(shape) for row in rows):
             raise SchemaError(
                 "schema.image-shape", "an image is missing or has another shape", remedy="resize the images"

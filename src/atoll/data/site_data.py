@@ -18,7 +18,7 @@ from atoll.data.engine import Engine
 from atoll.data.frame import HELD, Frame
 from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, known_columns, open_source
-from atoll.data.table import Table, hold_out, hold_out_each
+from atoll.data.table import Table, hold_out, hold_out_each, hold_out_latest
 
 
 class SiteData:
@@ -87,6 +87,8 @@ class SiteData:
 
 def _held(base: Frame | Table, plan: Plan, site: str) -> NDArray[np.bool_]:
     """Which rows to hold out. Under differential privacy each row by itself: one more must not move the others."""
+    if plan.run.holdout_by is not None:
+        return hold_out_latest(_column(base, plan.run.holdout_by), plan.run.holdout)
     if plan.privacy is not None and isinstance(base, Table):
         return hold_out_each(base.ids, plan.run.holdout, plan.run.seed, site)
     rows = len(base) if isinstance(base, Table) else base.rows()
@@ -99,7 +101,13 @@ def _labels(base: Frame | Table, plan: Plan) -> Any:
     column = base.schema.columns.get(target)
     if column is None or column.values is None or column.role == "ignore":
         return None
-    if isinstance(base, Table):
-        return base[target]
-    only = base.schema.model_copy(update={"columns": {target: column}})
-    return base.replace({}, only).to_table()[target]
+    return _column(base, target)
+
+
+def _column(base: Frame | Table, name: str) -> Any:
+    """One column of what a site's data begin with, [num_rows]; raises SchemaError where it is not there yet."""
+    column = base.schema.columns.get(name)
+    if isinstance(base, Table) or column is None or column.role == "ignore":
+        return (base if isinstance(base, Table) else Table(base.schema, {}))[name]
+    only = base.schema.model_copy(update={"columns": {name: column}})
+    return base.replace({}, only).to_table()[name]

@@ -160,6 +160,18 @@ def hold_out(labels: NDArray[Any] | None, num_rows: int, fraction: float, seed: 
     return held
 
 
+def hold_out_latest(order: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
+    """Which rows to keep for evaluation: from the first of the latest *fraction* on, by time or another number.
+
+    order: [num_rows]; rows that are alike stay together, and rows without one (NaT, NaN) are not held out.
+    """
+    known = np.sort(order[~np.isnan(order)])
+    if not len(known) or fraction <= 0:
+        return np.zeros(len(order), bool)
+    held: NDArray[np.bool_] = order >= known[min(round((1 - fraction) * len(known)), len(known) - 1)]
+    return held
+
+
 def hold_out_each(ids: NDArray[np.uint64], fraction: float, seed: int, site: str) -> NDArray[np.bool_]:
     """Which rows to keep for evaluation, each with probability *fraction* by who it is alone: a row more or less
     moves no other. ids: [num_rows]."""

@@ -27,7 +27,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, within
 from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds, named
-from atoll.models.model import LearnerParams, Model
+from atoll.models.model import LearnerParams, Model, by_row
 
 
 @program("horizontal.dpftrl", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
@@ -53,7 +53,7 @@ class DpFtrl:
 
     def model(self, schema: TableSchema) -> Model:
         """The model it fits, before any fitting; what evaluation is then asked about."""
-        return self.params.unfitted(schema)
+        return by_row(self.params.unfitted(schema))
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "history": norm of the mean gradient by round, and a linear model's "coefficients"}."""

@@ -32,7 +32,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, within
 from atoll.contract.wire import Array
 from atoll.models.linear import named
-from atoll.models.model import LearnerParams, Model
+from atoll.models.model import LearnerParams, Model, by_row
 from atoll.privacy.dp.clipping import QuantileClip
 
 VOTES = 0.02
@@ -68,7 +68,7 @@ class DpSgd:
 
     def model(self, schema: TableSchema) -> Model:
         """The model it fits, before any fitting; what evaluation is then asked about."""
-        return self.params.unfitted(schema)
+        return by_row(self.params.unfitted(schema))
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "history": norm of the mean gradient by round, and a linear model's "coefficients"}."""

@@ -22,6 +22,7 @@ from pydantic import Field
 
 from atoll.compression.update import Compression
 from atoll.contract.disclosure import check_groups
+from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, SiteView, handler
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count
 from atoll.contract.rounds import Field as Declared
@@ -29,7 +30,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches, within
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
-from atoll.horizontal.local import Kept, Local, LocalParams, layers_of
+from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
@@ -52,13 +53,20 @@ class FederatedParams(LocalParams):
     evaluate_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
 
+    def bounded(self, change: Array) -> Array:
+        """A change of the weights as it may leave a site."""
+        if self.clip_norm_l2 is not None:
+            change = change * (self.clip_norm_l2 / max(float(np.linalg.norm(change)), self.clip_norm_l2))
+        return np.clip(change, -self.clip, self.clip)
+
 
 class Federated:
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
-    "weights". personal: does each site end with a model of its own?"""
+    "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
     told: ClassVar[tuple[str, ...]] = ("weights",)
     personal: ClassVar[bool] = False
+    gaps: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
@@ -78,8 +86,13 @@ class Federated:
         return {"weights": model.initial(cohort.seed)}
 
     def extras(self, model: Model) -> Mapping[str, tuple[tuple[int, ...], float]]:
-        """What a site sends beside the change of "weights" and its "loss": shape, and bound of each element."""
+        """What a site sends beside the change of "weights" and its "loss": shape, and bound of each element. What it
+        sends of something ``told`` is of the weights that travel, [:meth:`_moving`], and the mean of it is [size]."""
         return {}
+
+    def frozen(self, model: Model) -> NDArray[np.bool_]:
+        """Weights that nobody learns, [size]."""
+        return np.tile(layers_of(model, self.params.freeze), self.size(model) // len(model.weights))
 
     def stays(self, model: Model) -> NDArray[np.bool_]:
         """Weights that sites learn and do not send, [size]."""
@@ -90,8 +103,8 @@ class Federated:
         raise NotImplementedError
 
     def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
-        """The coordinator's round. mean: the weighted mean of what sites sent, zero where nothing travels; share: of
-        the cohort that is in it."""
+        """The coordinator's round. mean: the weighted mean of what sites sent, zero where nothing travels, and their
+        summed "weight"; share: of the cohort that is in it."""
         raise NotImplementedError
 
     def mine(self, at: Local, sent: State) -> Array:
@@ -107,19 +120,22 @@ class Federated:
         history = state.pop("history", np.empty(0)).tolist()
         moving = self._moving(model)
         last = state.pop("last", np.zeros(len(moving)))
-        fields = self._fields(model, most)
+        fields = self._fields(model, most, cohort.exact)
         for number in range(len(history), p.rounds):
             support, asked = p.compress.support(last, cohort.seed, number), self._drawn(cohort, number)
             sent = {**self._told(model, state), **({"support": support} if p.compress.keep < 1 else {})}
             total = yield Round("train", Sum(), fields, sent, sites=asked)
             update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
-            mean = (update if cohort.exact else replace(update, weight=max(update.weight, 1.0))).mean()
+            some = update if cohort.exact and not self.gaps else replace(update, weight=max(update.weight, 1.0))
+            mean = {**some.mean(), "weight": np.array(update.weight)}
             last[support] = mean["weights"]
-            mean["weights"] = np.zeros(self.size(model))
-            mean["weights"][moving[support]] = last[support]
+            for name in mean.keys() & {"weights", *self.told}:
+                spread = np.zeros(self.size(model))
+                spread[moving[support] if name == "weights" else moving] = mean[name]
+                mean[name] = spread
             self.step(state, mean, len(total.sites) / len(cohort.sites))
             history.append(float(mean["loss"]))
-            yield Metrics(number, {"loss": history[-1]})
+            yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
             done = number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
                 yield from self._finish(model, state)
@@ -128,12 +144,20 @@ class Federated:
                 whole = {"last": last} if p.compress.keep < 1 else {}
                 yield Checkpoint({**state, **whole, "history": np.array(history)})
         yield from self._finish(model, state)
-        model = self.final(model, state)
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+        more, model = self.reported(model, state), self.final(model, state)
+        return {"model": model, "history": history, "iterations": p.rounds, **named(model), **more}
 
     def final(self, model: Model, state: State) -> Model:
         """The federation's model after a round."""
         return model.with_weights(state["weights"])
+
+    def watched(self, model: Model, state: State) -> Mapping[str, float]:
+        """What is worth showing after a round, beside the loss."""
+        return {}
+
+    def reported(self, model: Model, state: State) -> Mapping[str, Any]:
+        """What the result holds beside the model; its "arrays" are stored with the model's."""
+        return {}
 
     def _finish(self, model: Model, state: State) -> Steps:
         if self.personal:
@@ -155,8 +179,13 @@ class Federated:
 
     def _moving(self, model: Model) -> NDArray[np.int64]:
         """Places in "weights" that travel, in order."""
-        copies = self.size(model) // len(model.weights)
-        return np.flatnonzero(~np.tile(layers_of(model, self.params.freeze), copies) & ~self.stays(model))
+        moving = np.flatnonzero(~self.frozen(model) & ~self.stays(model))
+        if not len(moving):
+            raise PlanError(
+                "plan.nothing-travels", "no weights are left that sites learn together", field="params.freeze",
+                remedy="freeze, or keep at the sites, fewer layers",
+            )  # fmt: skip
+        return moving
 
     def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
         sent = self.params.compress.count(len(self._moving(model)))
@@ -165,11 +194,14 @@ class Federated:
     def _most(self, schema: TableSchema) -> float:
         return schema.max_rows if self.params.weighting == "rows" else 1.0
 
-    def _fields(self, model: Model, most: float) -> dict[str, Declared]:
+    def _fields(self, model: Model, most: float, exact: bool) -> dict[str, Declared]:
         found: dict[str, Declared] = {}
         for name, (shape, bound) in self._shapes(model).items():
             step = self.params.compress.step(bound)
-            found |= Update.fields({name: np.zeros(shape)}, value_bound=bound, weight_bound=most, step=step)
+            made = Update.fields({name: np.zeros(shape)}, value_bound=bound, weight_bound=most, step=step)
+            if exact and shape and model.dtype == np.float32:  # no more is known of a network's change
+                made[name] = replace(made[name], dtype="<f4")
+            found |= made
         return found
 
     def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
@@ -201,9 +233,7 @@ class Federated:
         moving, found = self._moving(at.model), dict(self.local(at, sent))
         support = p.compress.told(task, len(moving)) if p.compress.keep < 1 else slice(None)
         change = p.compress.carried(np.asarray(found["weights"], np.float64)[moving], support, site.state)
-        if p.clip_norm_l2 is not None:
-            change *= p.clip_norm_l2 / max(float(np.linalg.norm(change)), p.clip_norm_l2)
-        found["weights"] = p.compress.rounded(change, p.clip, task)
+        found["weights"] = p.compress.rounded(p.bounded(change), p.clip, task)
         means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
         return Update.of(means, len(at.examples) if p.weighting == "rows" else 1.0).reply()
 
@@ -215,5 +245,7 @@ class Federated:
         """At the site: it keeps a model of its own; what leaves is that it did."""
         at, sent = self._at(site, task)
         own = self.mine(at, sent) if len(at.examples) else sent["weights"][: len(at.model.weights)]
+        if not np.isfinite(own).all():
+            raise diverged()
         site.personal["weights"] = np.asarray(own, np.float64)
         return {"sites": 1}

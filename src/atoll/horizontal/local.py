@@ -25,6 +25,8 @@ Weights = NDArray[Any]
 Mask = NDArray[np.bool_]
 Slope = Callable[[Weights, Examples, Weights], Weights]
 """(weights, batch, gradient of the loss) → the direction to step against: what an algorithm makes of a gradient."""
+Descent = Callable[[Weights, Examples], tuple[float, Weights]]
+"""(weights, batch) → a loss and its gradient: the model's own, or another that an algorithm learns by."""
 
 
 class LocalParams(LearnerParams):
@@ -86,6 +88,12 @@ class Trained:
     loss: float
 
 
+def effort(steps: int, momentum: float) -> float:
+    """‖a‖₁ of Wang et al. 2020, §4: how often the gradients of so many steps stand in the change that they make;
+    without momentum each stands there once."""
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """One site in one round. fixed: weights that no step changes, [num_weights]; None: there are none."""
@@ -100,8 +108,11 @@ class Local:
     @property
     def steps(self) -> int:
         """Mini-batches in a round."""
-        in_epoch = -(-len(self.examples) // self.params.batch_size)
-        return self.params.local_steps or self.params.local_epochs * in_epoch
+        return self.params.local_steps or self.passes(self.params.local_epochs)
+
+    def passes(self, epochs: int) -> int:
+        """Mini-batches in so many passes over the rows."""
+        return epochs * -(-len(self.examples) // self.params.batch_size)
 
     def batches(self, steps: int | None = None, part: int = 0) -> Iterator[Examples]:
         """Mini-batches in random order; *part* numbers several passes of one round."""
@@ -117,17 +128,18 @@ class Local:
 
     def sgd(
         self, start: Weights, slope: Slope | None = None, *, steps: int | None = None, fixed: Mask | None = None,
-        part: int = 0,
+        part: int = 0, descent: Descent | None = None,
     ) -> Trained:  # fmt: skip
-        """Stochastic gradient descent from *start*, by default for a round. fixed: weights that it leaves alone, beside
-        those of the round. Raises ProtocolError "site.diverged"."""
+        """Stochastic gradient descent from *start*, by default for a round and on the model's loss. fixed: weights that
+        it leaves alone, beside those of the round. Raises ProtocolError "site.diverged"."""
         p, model, losses = self.params, self.model, []
+        learn = descent or model.loss_and_gradient
         weights = np.array(start, model.dtype)
         velocity = np.zeros_like(weights) if p.momentum else None
         still = [mask for mask in (self.fixed, fixed) if mask is not None]
         rate = np.asarray(p.learning_rate, model.dtype)
         for batch in self.batches(steps, part):
-            loss, gradient = model.loss_and_gradient(weights, batch)
+            loss, gradient = learn(weights, batch)
             losses.append(loss)
             followed = gradient[model.running].copy()
             if slope is not None:
@@ -147,6 +159,16 @@ class Local:
         if not (np.isfinite(loss) and np.isfinite(weights).all()):
             raise diverged()
         return Trained(weights, len(losses), loss)
+
+
+def stepped(at: Local, weights: Weights, gradient: Weights, rate: float) -> Weights:
+    """*weights* after one plain step against *gradient*: frozen ones stay, and running ones follow the data."""
+    step = np.asarray(rate, at.model.dtype) * gradient
+    step[at.model.running] = gradient[at.model.running]
+    if at.fixed is not None:
+        step[at.fixed] = 0
+    moved: Weights = weights - step
+    return moved
 
 
 def diverged() -> ProtocolError:

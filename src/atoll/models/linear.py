@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
@@ -37,6 +38,15 @@ class Scale:
         """From the ranges of *features*; raises PlanError for absent or non-numeric ones."""
         low, high = np.array([feature_bounds(schema, name) for name in features], float).reshape(-1, 2).T
         return Scale((low + high) / 2, (high - low) / 2)
+
+
+def scaled_features(table: TableView, names: tuple[str, ...], scale: Scale) -> NDArray[np.float32]:
+    """Columns in [-1, 1], [num_rows, num_features]; raises SchemaError where cells are missing."""
+    columns = np.column_stack([np.asarray(table[name], np.float64) for name in names])
+    if gaps := [names[i] for i in np.flatnonzero(np.isnan(columns).any(axis=0))]:
+        raise port.missing(gaps)
+    found: NDArray[np.float32] = ((columns - scale.middle) / scale.half).astype(np.float32)
+    return found
 
 
 def feature_bounds(schema: TableSchema, name: str) -> tuple[float, float]:
@@ -85,6 +95,8 @@ class LinearModel:
         """As :meth:`zero`."""
         if not isinstance(spec.target, str):
             raise PlanError("plan.bad-target", "a linear model has one target", field="target")
+        if spec.base is not None:
+            raise PlanError("model.base-unfit", "a linear model has no base", field="model.base", remedy="leave it out")
         return LinearModel.zero(spec.family, schema, spec.features, spec.target)
 
     @property
@@ -106,6 +118,11 @@ class LinearModel:
     def running(self) -> slice:
         """None."""
         return slice(0, 0)
+
+    @property
+    def normalisations(self) -> tuple[str, ...]:
+        """None."""
+        return ()
 
     @property
     def task(self) -> ModelTask:

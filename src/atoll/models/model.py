@@ -16,7 +16,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ from atoll.contract.errors import PlanError, SchemaError
 from atoll.contract.program import ProgramParams, TableView
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import validate
-from atoll.contract.wire import Array, Json
+from atoll.contract.wire import Array, Json, parse_json, to_json
+from atoll.models.installed import Base
 
 Floats = NDArray[np.float64]
 Family = Literal["linear", "logistic", "poisson"]
@@ -36,12 +37,13 @@ Target = str | tuple[str, ...]
 
 class Settings(BaseModel):
     """Base of a kind's settings: everything but the weights; frozen, unknown keys refused. target: a column, or
-    several numbers to be told at once (a speed in 15, 30 and 60 minutes)."""
+    several numbers to be told at once (a speed in 15, 30 and 60 minutes). base: installed weights to begin with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str
     target: Target
+    base: Base | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -100,6 +102,10 @@ class Model(Protocol):
         """Weights that are not learned but follow the data, as a batch normalisation's mean does: their gradient is
         the step itself, whatever the learning rate. Mostly empty."""
 
+    @property
+    def normalisations(self) -> tuple[str, ...]:
+        """Those of its layers, by the beginning of their names, that scale what comes in to its own mean and spread."""
+
     def initial(self, seed: int) -> Floats:
         """Weights to begin with: a function of the plan's seed, which everybody knows."""
 
@@ -110,7 +116,8 @@ class Model(Protocol):
         """Everything but the weights, as JSON; :func:`make` is the inverse."""
 
     def arrays(self) -> dict[str, Array]:
-        """What is stored of a fitted model: "weights", and what its reader needs beside the spec."""
+        """What is stored of a fitted model: "weights", or each of its layers by name, in order; and what its reader
+        needs beside the spec."""
 
     def examples(self, table: TableView) -> Examples:
         """Inputs and labels of all rows; raises SchemaError where cells are missing."""
@@ -124,6 +131,22 @@ class Model(Protocol):
 
     def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
         """(Σ of each example's gradient, clipped to an L2 norm; how many were clipped; Σ of losses)."""
+
+
+@runtime_checkable
+class Represents(Model, Protocol):
+    """A model whose last layer looks at a representation of each row, as a network's does."""
+
+    @property
+    def represents(self) -> bool:
+        """Whether this one does."""
+
+    def contrastive(
+        self, weights: Floats, batch: Examples, anchor: Floats, previous: Floats, *, strength: float, temperature: float
+    ) -> tuple[float, Floats]:
+        """Mean loss over *batch* and its gradient, with *strength* times the model-contrastive loss: a row's
+        representation is to be like that by the weights *anchor*, and unlike that by *previous* (Li, He & Song 2021,
+        Model-Contrastive Federated Learning, §3.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +233,35 @@ def make(spec: Mapping[str, Json], schema: TableSchema) -> Model:
 def from_spec(spec: Mapping[str, Json], schema: TableSchema, arrays: Mapping[str, Array]) -> Model:
     """A fitted model, as stored; raises PlanError when spec or weights do not fit."""
     made = make(spec, schema)
-    weights = arrays.get("weights")
-    if weights is None or weights.shape != made.weights.shape:
+    layers = [np.asarray(arrays[name]).reshape(-1) for name in made.layers if name in arrays]
+    weights = arrays.get("weights", np.concatenate([*layers, np.empty(0)]))
+    if weights.shape != made.weights.shape:
         raise PlanError("model.shape", "the weights do not fit the model", field="weights")
     return made.with_weights(np.asarray(weights, np.float64))
+
+
+def by_row(made: Model) -> Model:
+    """*made*, for learning that clips each row's gradient; raises PlanError if its rows have none of their own."""
+    if made.running.stop > made.running.start:
+        raise PlanError(
+            "model.mixes-rows", "a batch normalisation mixes rows: no row has a gradient of its own",
+            field="model.norm", remedy="use norm: group",
+        )  # fmt: skip
+    return made
+
+
+def kept(fitted: Model) -> dict[str, Array]:
+    """A fitted model as a site keeps it for itself: its weights, and what it is, which need not be the federation's."""
+    return {"weights": fitted.weights, "spec": np.frombuffer(to_json(fitted.spec()), np.uint8)}
+
+
+def restored(found: Mapping[str, Array], schema: TableSchema, otherwise: Model) -> Model:
+    """The model that a site has for itself: *found* is as :func:`kept` made it, or weights of the federation's model;
+    *otherwise* where there is nothing."""
+    if "weights" not in found:
+        return otherwise
+    made = make(parse_json(found["spec"].tobytes()), schema) if "spec" in found else otherwise
+    return made.with_weights(found["weights"])
 
 
 class LearnerParams(ProgramParams):

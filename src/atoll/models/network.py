@@ -4,7 +4,8 @@ Clipping each example's gradient needs its norm. A dense or convolutional layer'
 sum over places t of outer products, Σ_t g_t a_tᵀ, of what came into the layer and of the loss's gradient by what went
 out; so one backward pass over *activations* gives every norm: by ‖a‖·‖g‖ where there is one place, from the Gram
 matrices of a and g where there are few places, and else from the outer products themselves. Weights' own gradients
-are formed once, from the already scaled g. Networks with other layers fall back to ``torch.func``.
+are formed once, from the already scaled g. Of a table of embeddings, only the few rows that an example looks up are
+formed. Networks with other layers, or frozen ones, fall back to ``torch.func``.
 
 Sources: Goodfellow 2015, Efficient Per-Example Gradient Computations; Li et al. 2022, Large Language Models Can Be
 Strong Differentially Private Learners, §4 (ghost clipping); Bu et al. 2023, Differentially Private Optimization on
@@ -28,11 +29,16 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json
-from atoll.models.model import Examples, Floats, Goal, ModelTask, Settings
+from atoll.models.device import device
+from atoll.models.linear import Scale
+from atoll.models.model import Examples, Floats, Goal, ModelTask, Settings, by_row
 
 torch.set_num_threads(1)  # as BLAS: the same bits everywhere, and sites of one process work side by side
 AT_ONCE = 1 << 17
 """Input values in one piece of a batch whose gradients are clipped: activations stay near the cache."""
+FORMED = 1 << 24
+"""Values of whole gradients, one an example, that ``torch.func`` forms at once."""
+NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 SLACK = 1 + 1e-5
 """Norms in float32 are off by less than this factor: clipped gradients keep to the norm for certain."""
 
@@ -61,14 +67,16 @@ class Network:
 
     def __init__(self, settings: Settings, schema: TableSchema, weights: Floats | None = None) -> None:
         self.settings, self.schema, self.goal = settings, schema, Goal.of(schema, settings.targets)
-        self.net = Joined(*self.encoder(), self.goal.outputs)
+        self.device = device()
+        self.net: Any = self.built().to(self.device)  # Joined, unless a kind builds it otherwise
+        self._freeze()
         learned = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
-        followed = {n: b for n, b in self.net.named_buffers() if b.is_floating_point()}
+        followed = {n: b for n, b in self.net.named_buffers() if n.endswith(("running_mean", "running_var"))}
         self.layers, size = {}, 0
         for name, values in (*learned.items(), *followed.items()):
             self.layers[name] = slice(size, size := size + values.numel())
         self.running = slice(sum(p.numel() for p in learned.values()), size)
-        self._flat, self._slopes = torch.zeros(size), torch.zeros(size)
+        self._flat, self._slopes = (torch.zeros(size, device=self.device) for _ in range(2))
         for name, where in self.layers.items():
             held = learned[name] if name in learned else followed[name]
             held.data = self._flat[where].view(held.shape)
@@ -84,6 +92,10 @@ class Network:
 
     # -- what a kind gives
 
+    def built(self) -> nn.Module:
+        """The network: :meth:`encoder` and a head."""
+        return Joined(*self.encoder(), self.goal.outputs)
+
     def encoder(self) -> tuple[nn.Module, int]:
         """What maps :meth:`tensors` to [num_rows, width], and the width. Parameters that do not require a gradient
         are not among the weights. Under differential privacy no layer may mix rows (batch normalisation)."""
@@ -96,6 +108,15 @@ class Network:
     def tensors(self, inputs: tuple[Array, ...]) -> tuple[Tensor, ...]:
         """Its inputs as float32 tensors, scaled by what is public."""
         raise NotImplementedError
+
+    def raw(self, table: TableView) -> dict[str, Tensor]:
+        """What an exported network takes, by name, each [num_rows, …]: where a kind can scale them by tensor operations
+        alone, the table's own columns; else what :meth:`tensors` gives."""
+        return {f"input_{i}": tensor for i, tensor in enumerate(self.tensors(self.inputs(table)))}
+
+    def scaled(self, *raw: Tensor) -> tuple[Tensor, ...]:
+        """What the network takes, of :meth:`raw`."""
+        return raw
 
     # -- the port
 
@@ -111,6 +132,12 @@ class Network:
         """By the targets' columns: see :meth:`Goal.of`."""
         return self.goal.task
 
+    @cached_property
+    def normalisations(self) -> tuple[str, ...]:
+        """Batch, instance, layer, group and RMS normalisations that have weights, or follow the data."""
+        found = [name for name, module in self.net.named_modules() if isinstance(module, NORMALISATIONS)]
+        return tuple(name for name in found if any(layer.startswith(name + ".") for layer in self.layers))
+
     def initial(self, seed: int) -> Floats:
         """He et al. 2015: N(0, 2 / fan-in) for weights, ones for scales, zero for offsets; by numpy's Philox."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
@@ -123,7 +150,38 @@ class Network:
                 parts.append(random.normal(0, math.sqrt(2 / math.prod(shape[1:])), math.prod(shape)))
             else:
                 parts.append(np.full(shape, 0.0 if name.endswith(("bias", "mean")) else 1.0))
-        return np.concatenate(parts).astype(np.float32).astype(np.float64)
+        return self._based(np.concatenate(parts).astype(np.float32).astype(np.float64))
+
+    def _based(self, weights: Floats) -> Floats:
+        """*weights*, with those of the installed base in every layer that it has; a head of another size stays new."""
+        if self.settings.base is None:
+            return weights
+        found, held = self.settings.base.read(), self._held()
+        shared = [name for name in held if name in found and not name.startswith("head.")]
+        odd = [name for name in shared if found[name].shape != held[name].shape]
+        if odd or not shared:
+            raise unfit((odd or [*held])[0])
+        for name in self.layers:
+            if name in found and found[name].shape == held[name].shape:
+                weights[self.layers[name]] = found[name].ravel()
+        return weights
+
+    def _freeze(self) -> None:
+        """Give the base's frozen layers its weights, once and for all: they are not among the weights then."""
+        base = self.settings.base
+        if base is None or not base.frozen:
+            return
+        found, parameters = base.read(), dict(self.net.named_parameters())
+        for layer in base.frozen:
+            inside = [name for name in parameters if name == layer or name.startswith(layer + ".")]
+            for name in inside or [layer]:
+                if name not in inside or name not in found or found[name].shape != parameters[name].shape:
+                    raise unfit(name)
+                parameters[name].data.copy_(torch.from_numpy(found[name].copy()))
+                parameters[name].requires_grad_(False)
+
+    def _held(self) -> dict[str, Tensor]:
+        return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
 
     def with_weights(self, weights: Floats) -> Self:
         """The same network with other weights; raises PlanError when there are more or fewer."""
@@ -135,8 +193,9 @@ class Network:
         return found
 
     def arrays(self) -> dict[str, Array]:
-        """The weights, layer after layer."""
-        return {"weights": self.weights}
+        """The weights by layer, float32, each in its own shape."""
+        held, weights = self._held(), self.weights.astype(np.float32)
+        return {name: weights[where].reshape(held[name].shape) for name, where in self.layers.items()}
 
     def examples(self, table: TableView) -> Examples:
         """Inputs and labels of all rows; raises SchemaError when a label is missing."""
@@ -149,30 +208,59 @@ class Network:
         self.net.eval()
         with torch.no_grad(), memory():
             for rows in pieces(inputs):
-                out = self.net(*self.tensors(tuple(array[rows] for array in inputs))).double()
-                if self.task == "classes":
-                    out = out.softmax(1)
-                parts.append(out.sigmoid().numpy() if self.task == "binary" else out.numpy())
+                out = self.net(*self.placed(tuple(array[rows] for array in inputs)))
+                parts.append(self.linked(out.double()).cpu().numpy())
         found: Floats = np.concatenate(parts)
-        if self.task == "regression":
-            found = self.goal.middle + self.goal.half * found
         return found[:, 0] if self.goal.outputs == 1 else found
+
+    def linked(self, out: Tensor) -> Tensor:
+        """Of outputs [num_rows, outputs]: a probability, one for each class, or values in the targets' units."""
+        if self.task == "classes":
+            return out.softmax(1)
+        if self.task == "binary":
+            return out.sigmoid()
+        middle, half = (torch.from_numpy(values).to(out) for values in (self.goal.middle, self.goal.half))
+        return middle + half * out
 
     def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
         """Mean loss over *batch* and its gradient."""
         return self.descend(weights, batch, lambda: self.losses(batch).mean())
 
+    @property
+    def represents(self) -> bool:
+        """See the port; another's network may have no layer called "head"."""
+        return any(name == "head" for name, _ in self.net.named_children())
+
+    def contrastive(
+        self, weights: Floats, batch: Examples, anchor: Floats, previous: Floats, *, strength: float, temperature: float
+    ) -> tuple[float, Floats]:
+        """See the port: a row's representation is what comes into the head; likeness is the cosine."""
+        tensors, held = self.placed(batch.inputs), []
+        for other in (anchor, previous):
+            self.load(other)
+            self.net.eval()
+            with torch.no_grad(), memory():
+                held.append(self.represented(tensors)[0])
+
+        def loss() -> Tensor:
+            found, out = self.represented(tensors)
+            like, unlike = (F.cosine_similarity(found, one) for one in held)
+            return (
+                self.losses_of(out, self.wanted(batch.labels)) + strength * F.softplus((unlike - like) / temperature)
+            ).mean()
+
+        return self.descend(weights, batch, loss)
+
     def clipped_gradient_sum(self, weights: Floats, batch: Examples, clip_norm_l2: float) -> tuple[Floats, int, float]:
         """See the port, and the module's docstring."""
-        if self.running.stop > self.running.start:
-            raise PlanError(
-                "model.mixes-rows", "a batch normalisation mixes rows: no row has a gradient of its own",
-                field="model.norm", remedy="use norm: group",
-            )  # fmt: skip
+        by_row(self)
         total, clipped, loss = np.zeros(len(self.weights)), 0, 0.0
         self.load(weights)
-        for rows in pieces(batch.inputs):
-            found = (self._by_layers if self._known else self._by_func)(batch.take(rows), clip_norm_l2)
+        self.net.eval()  # nothing is left to chance: noise hides a row, and not what dropout hides of it
+        most = None if self._known else max(1, FORMED // len(self.weights))
+        for rows in pieces(batch.inputs, most):
+            with memory():
+                found = (self._by_layers if self._known else self._by_func)(batch.take(rows), clip_norm_l2)
             total += found[0]
             clipped += found[1]
             loss += found[2]
@@ -180,9 +268,13 @@ class Network:
 
     # -- within
 
+    def placed(self, inputs: tuple[Array, ...]) -> tuple[Tensor, ...]:
+        """:meth:`tensors`, where the network is."""
+        return tuple(tensor.to(self.device) for tensor in self.tensors(inputs))
+
     def load(self, weights: Floats, *, learning: bool = False) -> None:
         """Put *weights* into the network; *learning*: they are to be differentiated by."""
-        self._flat.copy_(torch.from_numpy(np.asarray(weights, np.float32)))
+        self._flat.copy_(torch.from_numpy(np.require(weights, np.float32, "W")))
         for parameter, slope in self._learned:
             parameter.requires_grad_(learning)
             parameter.grad = slope if learning else None
@@ -190,26 +282,39 @@ class Network:
     def descend(self, weights: Floats, batch: Examples, loss_of: Callable[[], Tensor]) -> tuple[float, Floats]:
         """The loss that *loss_of* finds at *weights*, and its gradient."""
         self.load(weights, learning=True)
-        self.net.train()
+        follows = self.running.stop > self.running.start
+        mixing = len(batch) > 1 or not follows  # one row has no spread: it is normalised by the running one
+        if self.net.training != mixing:
+            self.net.train(mixing)
         self._slopes.zero_()
         with memory():
             loss = loss_of()
             loss.backward()  # type: ignore[no-untyped-call]
-        if self.running.stop > self.running.start:
-            before = torch.from_numpy(np.asarray(weights, np.float32))[self.running]
+        if follows:
+            before = torch.from_numpy(np.asarray(weights, np.float32)).to(self.device)[self.running]
             torch.sub(before, self._flat[self.running], out=self._slopes[self.running])
-        return float(loss.detach()), self._slopes.numpy().copy()
+        return float(loss.detach()), self._slopes.cpu().numpy().copy()
+
+    def represented(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """(what comes into the head, [num_rows, width]; what the network gives, [num_rows, outputs])."""
+        seen: list[Tensor] = []
+        hook = self.net.get_submodule("head").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            out = self.net(*tensors)
+        finally:
+            hook.remove()
+        return seen[0].flatten(1), out
 
     def losses(self, batch: Examples) -> Tensor:
         """Each example's log loss, or half squared error in units of half the target's range, [num_rows]."""
-        return self.losses_of(self.net(*self.tensors(batch.inputs)), self.wanted(batch.labels))
+        return self.losses_of(self.net(*self.placed(batch.inputs)), self.wanted(batch.labels))
 
     def wanted(self, labels: Floats) -> Tensor:
         """Labels as the loss takes them: classes as places or probabilities, values scaled to [-1, 1]."""
         if self.task == "classes" and labels.ndim == 1:
-            return torch.from_numpy(labels.astype(np.int64))
+            return torch.from_numpy(labels.astype(np.int64)).to(self.device)
         scaled = (labels.reshape(len(labels), -1) - self.goal.middle) / self.goal.half
-        return torch.from_numpy(scaled.astype(np.float32))
+        return torch.from_numpy(scaled.astype(np.float32)).to(self.device)
 
     def losses_of(self, out: Tensor, wanted: Tensor) -> Tensor:
         """Of outputs [num_rows, outputs], [num_rows]."""
@@ -221,8 +326,8 @@ class Network:
 
     @cached_property
     def _known(self) -> bool:
-        """Whether every weight is of a layer that clipping by layers knows."""
-        return all(isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and _plain(m)) for m in _weighted(self.net))
+        """Whether every weight is learned, and of a layer that clipping by layers knows."""
+        return len(list(self.net.parameters())) == len(self._learned) and all(map(_plain, _weighted(self.net)))
 
     def _by_layers(self, batch: Examples, clip: float) -> tuple[Floats, int, float]:
         with recorded(self.net) as calls:
@@ -231,7 +336,10 @@ class Network:
             return self._by_func(batch, clip)
         slopes = torch.autograd.grad(losses.sum(), [out for _, _, out in calls])
         with torch.no_grad():
-            layers = {id(c[0]): _Layer(c[0], c[1], g) for c, g in zip(calls, slopes, strict=True)}
+            layers = {
+                id(layer): _Table(layer, ins, g) if isinstance(layer, nn.Embedding) else _Layer(layer, ins, g)
+                for (layer, ins, _), g in zip(calls, slopes, strict=True)
+            }
             norms = torch.stack([layer.squares for layer in layers.values()]).sum(0).sqrt()
             if not norms.isfinite().all():  # a row that overflows counts as nothing: a failure would tell of it
                 return self._by_func(batch, clip)
@@ -248,7 +356,7 @@ class Network:
             out = torch.func.functional_call(self.net, weights, tuple(v[None] for v in x))
             return self.losses_of(out, y[None])[0]
 
-        tensors = self.tensors(batch.inputs)
+        tensors = self.placed(batch.inputs)
         each = torch.func.vmap(torch.func.grad_and_value(loss), (None, 0, *[0] * len(tensors)), randomness="error")
         gradients, losses = each(weights, wanted, *tensors)
         found = torch.cat([g.flatten(1) for g in gradients.values()], 1)
@@ -256,7 +364,7 @@ class Network:
         lost = ~norms.isfinite()
         found[lost], norms = 0, torch.where(lost, torch.inf, norms)
         factor = clip / (norms * SLACK).clamp(min=clip)
-        return (factor @ found).double().numpy(), int((norms > clip).sum()), float(losses.sum())
+        return (factor @ found).double().cpu().numpy(), int((norms > clip).sum()), float(losses.sum())
 
 
 def _weighted(net: nn.Module) -> list[nn.Module]:
@@ -264,8 +372,30 @@ def _weighted(net: nn.Module) -> list[nn.Module]:
     return [layer for layer in net.modules() if next(layer.parameters(recurse=False), None) is not None]
 
 
-def _plain(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+def _plain(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    if isinstance(layer, nn.Embedding):
+        return layer.max_norm is None and layer.padding_idx is None and not layer.scale_grad_by_freq
+    return isinstance(layer, nn.Linear)
+
+
+class _Table:
+    """Embeddings' gradients of every example, as :class:`_Layer`: of the rows that it looks up; others' are 0."""
+
+    def __init__(self, layer: nn.Embedding, ins: Tensor, slopes: Tensor) -> None:
+        self.layer, size, flat = layer, layer.num_embeddings, (-1, layer.embedding_dim)
+        places = ins.reshape(len(ins), -1)
+        looked_up: Any = places + size * torch.arange(len(ins)).to(places)[:, None]
+        found, where = looked_up.unique(return_inverse=True)
+        self.example, self.row = found // size, found % size
+        self.each = slopes.new_zeros(len(found), flat[1]).index_add_(0, where.flatten(), slopes.reshape(flat))
+        self.squares = slopes.new_zeros(len(ins)).index_add_(0, self.example, self.each.square().sum(1))
+
+    def sums(self, factor: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """See :meth:`_Layer.sums`."""
+        weight: Any = self.layer.weight
+        yield weight, torch.zeros_like(weight).index_add_(0, self.row, self.each * factor[self.example][:, None])
 
 
 class _Layer:
@@ -342,6 +472,24 @@ def recorded(net: nn.Module) -> Iterator[list[tuple[nn.Module, Tensor, Tensor]]]
             hook.remove()
 
 
+def unfit(layer: str) -> PlanError:
+    """The one error for a base that has not the network's layers."""
+    return PlanError(
+        "model.base-unfit", "the installed base is of another network", field="model.base",
+        remedy=f"give the network the shape of its base: layer {layer}",
+    )  # fmt: skip
+
+
+def raw_features(table: TableView, names: tuple[str, ...]) -> Tensor:
+    """Columns in their own units, float64 [num_rows, num_features]."""
+    return torch.from_numpy(np.column_stack([np.asarray(table[name], np.float64) for name in names]))
+
+
+def rescaled(raw: Tensor, scale: Scale) -> Tensor:
+    """:func:`raw_features` in [-1, 1], float32."""
+    return ((raw - torch.from_numpy(scale.middle)) / torch.from_numpy(scale.half)).float()
+
+
 @contextmanager
 def memory() -> Iterator[None]:
     """PyTorch's ways of saying that there is not enough memory, as MemoryError."""
@@ -355,16 +503,16 @@ def memory() -> Iterator[None]:
         raise
 
 
-def pieces(inputs: tuple[Array, ...]) -> Iterator[slice]:
-    """Slices of rows whose inputs are about AT_ONCE values."""
+def pieces(inputs: tuple[Array, ...], most: int | None = None) -> Iterator[slice]:
+    """Slices of rows whose inputs are about AT_ONCE values, *most* rows or fewer."""
     num_rows = len(inputs[0])
     wide = sum(math.prod(array.shape[1:]) for array in inputs)
-    step = max(1, AT_ONCE // max(wide, 1))
+    step = max(1, min(AT_ONCE // max(wide, 1), most or AT_ONCE))
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
 
 
 def flat(gradients: Any) -> Floats:
     """Tensors, layer after layer, as one float64 vector."""
-    found: Floats = torch.cat([g.reshape(-1) for g in gradients]).double().numpy()
+    found: Floats = torch.cat([g.reshape(-1) for g in gradients]).double().cpu().numpy()
     return found

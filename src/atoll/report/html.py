@@ -83,7 +83,7 @@ def page(result: Input, details: Input) -> str:
 
 def _masthead(study: object, result: Input, details: Input) -> Html:
     """Study, outcome, key figures, what protects people, and who, what and how."""
-    sites, found = part(result, "sites"), part(result, "metrics", "federated")
+    sites, found = part(result, "sites"), part(result, "metrics", "personal") or part(result, "metrics", "federated")
     tiles: list[tuple[Child, Child]] = [
         ("sites", whole(len(sites)) if sites else NOTHING),
         ("rows in all", whole(_rows(result))),
@@ -131,17 +131,22 @@ def _rows(result: Input) -> float | None:
 
 def outcome(result: Input, details: Input) -> str:
     """The outcome in one sentence."""
-    found, pooled = part(result, "metrics", "federated"), part(result, "metrics", "pooled")
+    own, pooled = part(result, "metrics", "personal"), part(result, "metrics", "pooled")
+    found = own or part(result, "metrics", "federated")
     sites, columns = len(part(result, "sites")), part(result, "statistics", "columns")
     many = IN_WORDS[sites] if sites < len(IN_WORDS) else f"{sites:,}"
     together = f"{many} sites trained one model without pooling their records" if sites > 1 else "A model was trained"
+    if own:
+        together = f"{many} sites learned together without pooling their records, and each has a model of its own"
     auc, mae = real(found.get("auc")), real(found.get("mae"))
     if auc is not None:
-        ranks = f"it ranks a positive record above a negative one in {100 * auc:.0f} of 100 pairs (AUC {auc:.3f})"
+        who = "they rank" if own else "it ranks"
+        ranks = f"{who} a positive record above a negative one in {100 * auc:.0f} of 100 pairs (AUC {auc:.3f})"
         return f"{together}: on records kept aside for testing, {ranks}{_against(auc, pooled.get('auc'))}."
     if mae is not None:
         unit = model.target_unit(result, details)
-        off = f"its predictions are off by {significant(mae, 3)}{' ' + unit if unit else ''} on average"
+        whose = "their" if own else "its"
+        off = f"{whose} predictions are off by {significant(mae, 3)}{' ' + unit if unit else ''} on average"
         return f"{together}: on records kept aside for testing, {off}{_against(mae, pooled.get('mae'))}."
     if part(result, "model"):
         return f"{together}. It was not scored on records kept aside."

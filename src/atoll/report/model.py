@@ -35,9 +35,11 @@ METRICS = {
     "r2": Metric("R²", "share of the target’s variance that is explained; 1 is all of it", "higher"),
 }
 PLOTTED = ("auc", "accuracy", "log_loss", "mae", "rmse")
+OWN = ("local", "federated", "personal")
 KINDS = {
     "local": "trained at the site alone",
     "federated": "trained together",
+    "personal": "trained together, and fitted to each site for itself",
     "pooled": "trained on all records in one place",
 }
 
@@ -48,48 +50,56 @@ def target_unit(result: Input, details: Input) -> str:
 
 
 def results(result: Input, details: Input) -> Section | None:
-    """The shared model's metrics on held-out rows beside the pooled model's, ROC and calibration."""
+    """The shared model's metrics on held-out rows beside the personal and pooled models', ROC and calibration."""
     found, pooled = part(result, "metrics", "federated"), part(result, "metrics", "pooled")
+    own = part(result, "metrics", "personal")
+    kind, best = ("personal", own) if own else ("federated", found)
     names = [n for n in (*METRICS, *sorted(set(found) - set(METRICS))) if n in found and n not in ("auc_error", "rows")]
     if not names:
         return None
     unit = target_unit(result, details)
     rows: list[list[Child]] = []
     for name in names:
-        a, b = real(found[name]), real(pooled.get(name))
-        gap = NOTHING if a is None or b is None else "none" if abs(a - b) < 1e-12 else significant(a - b, 2)
+        ours, b = real(best.get(name)), real(pooled.get(name))
+        gap = NOTHING if ours is None or b is None else "none" if abs(ours - b) < 1e-12 else significant(ours - b, 2)
         shown = [METRICS[name].name if name in METRICS else name]
         if unit and name in ("mae", "rmse"):
             shown.append(f", {unit}")
-        rows.append([shown, fixed(a), *([fixed(b), gap] if pooled else [])])
+        theirs = [fixed(own.get(name))] if own else []
+        rows.append([shown, fixed(found[name]), *theirs, *([fixed(b), gap] if pooled else [])])
     said: list[Child] = ["Measured on records that every site kept aside: no model saw them in training."]
+    if own:
+        said.append(" “Personal” are the models that sites keep for themselves, each on the records of its own site.")
     if pooled:
         said.append(" “Pooled” is the same plan run on all records in one place, which only a rehearsal can do.")
-    off = real(found.get("auc_error"))
+    if own and pooled:
+        said.append(" The difference is between personal and pooled.")
+    off = real(best.get("auc_error"))
     note = off and f"AUC comes from a histogram of scores and is exact to within ± {significant(off, 1)}."
     explained = [METRICS[n] for n in names if n in METRICS]
     meanings = [(metric.name, f"{metric.meaning}; {metric.better} is better") for metric in explained]
-    header = ["Metric", "Federated", *(["Pooled", "Difference"] if pooled else [])]
-    roc = plots.roc(part(details, "curves", "roc"), found.get("auc"))
-    calibration = plots.calibration(part(details, "curves").get("calibration") or [])
+    header = ["Metric", "Federated", *(["Personal"] if own else []), *(["Pooled", "Difference"] if pooled else [])]
+    roc = plots.roc(part(details, "curves", "roc"), best.get("auc"), kind)
+    calibration = plots.calibration(part(details, "curves").get("calibration") or [], kind)
+    whose = ", personal models" if own else ""
     curves = [
-        figure(roc, "ROC curve", "share of positives found, by share of false alarms"),
-        figure(calibration, "Calibration", "on the diagonal, predicted risks come true"),
+        figure(roc, f"ROC curve{whose}", "share of positives found, by share of false alarms"),
+        figure(calibration, f"Calibration{whose}", "on the diagonal, predicted risks come true"),
     ]
     content = [table("All sites together, held-out records", header, rows, note=note), terms(meanings, "terms")]
     return Section("results", "Results", [text(*said), *content, cards(curves)])
 
 
 def by_site(result: Input, _: Input) -> Section | None:
-    """Local, federated and pooled models, on each site's own held-out rows."""
+    """Local, federated, personal and pooled models, on each site's own held-out rows."""
     everywhere = part(result, "metrics")
-    sites = {s: {k: part(v, k) for k in ("local", "federated")} for s, v in part(everywhere, "per_site").items()}
+    sites = {s: {k: part(v, k) for k in OWN} for s, v in part(everywhere, "per_site").items()}
     sites = {site: found for site, found in sites.items() if any(found.values())}
-    kinds = [k for k in ("local", "federated") if any(found[k] for found in sites.values())]
+    kinds = [k for k in OWN if any(found[k] for found in sites.values())]
     shown = [m for m in PLOTTED if any(real(v.get(m)) is not None for found in sites.values() for v in found.values())]
     if not shown:
         return None
-    together = {kind: part(everywhere, kind) for kind in ("federated", "pooled")}
+    together = {kind: part(everywhere, kind) for kind in ("federated", "personal", "pooled")}
     pictures = []
     for name in shown:
         metric = METRICS[name]
@@ -124,8 +134,9 @@ def _failed(site: str, why: object) -> str:
 
 
 def _verdict(sites: Mapping[str, Mapping[str, Any]], metric: str) -> str:
-    """At how many sites the shared model beats the site's own, by *metric*."""
-    pairs = [(real(found["federated"].get(metric)), real(found["local"].get(metric))) for found in sites.values()]
+    """At how many sites the shared model, or the personal one, beats the site's own, by *metric*."""
+    kind = "personal" if any(found["personal"] for found in sites.values()) else "federated"
+    pairs = [(real(found[kind].get(metric)), real(found["local"].get(metric))) for found in sites.values()]
     both = [(together, alone) for together, alone in pairs if together is not None and alone is not None]
     said = "Every model is tested on the site’s own held-out records."
     if not both:
@@ -136,7 +147,8 @@ def _verdict(sites: Mapping[str, Mapping[str, Any]], metric: str) -> str:
     alike = f", and as well at {same}" if same else ""
     rest = f" At {counted(lone, 'site')} there is no own model to compare with." if lone else ""
     won = f"{gain} of {counted(len(both), 'site')}{alike}"
-    return f"{said} By {METRICS[metric].name}, the shared model does better than the site’s own at {won}.{rest}"
+    ours, other = ("shared", "the site’s own") if kind == "federated" else (kind, "one that the site trains alone")
+    return f"{said} By {METRICS[metric].name}, the {ours} model does better than {other} at {won}.{rest}"
 
 
 def convergence(result: Input, details: Input) -> Section | None:

@@ -1,7 +1,8 @@
 """The report's plots, each one ``<svg>`` element. Where there is nothing to draw, the answer is None.
 
-Colours mean the same everywhere: *federated* is the shared model, *local* a site's own,
-*pooled* the model trained on all records in one place, *data* what is no model.
+Colours mean the same everywhere: *federated* is the shared model, *local* a site's that it made alone, *personal* one
+that it has for itself of what all learned, *pooled* the model trained on all records in one place, *data* what is no
+model.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from atoll.report import svg
 from atoll.report.markup import Html
-from atoll.report.svg import FEDERATED, INK, LOCAL, MUTED, POOLED, plain_axes, render, shortened
+from atoll.report.svg import FEDERATED, INK, LOCAL, MUTED, PERSONAL, POOLED, plain_axes, render, shortened
 from atoll.report.words import compact, fixed, real, significant, size, whole
 
 WIDTH = 340.0
@@ -25,7 +26,7 @@ THIRD = 262.0
 """Of plots that may stand three in a row."""
 MOST_SITES = 24
 """Sites in one plot; the table beside it has all of them."""
-COLOURS = {"federated": FEDERATED, "local": LOCAL, "pooled": POOLED}
+COLOURS = {"local": LOCAL, "federated": FEDERATED, "personal": PERSONAL, "pooled": POOLED}
 Z_95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
 
@@ -69,12 +70,13 @@ def comparison(
 ) -> Html | None:
     """Bars of one metric: a group for each site, and one for all sites together.
 
-    per_site: site → {"local": value, "federated": value}. everyone: {"federated", "pooled"}.
+    per_site: site → {"local": value, "federated": value, "personal": value}. everyone: {"federated", "personal",
+    "pooled"}.
     chance: what guessing scores, as a dashed line. A value that is missing has no bar.
     """
     shown = list(per_site.items())[:MOST_SITES]
-    groups = [(str(site), _known(values, ("local", "federated"))) for site, values in shown]
-    if together := _known(everyone, ("federated", "pooled")):
+    groups = [(str(site), _known(values, ("local", "federated", "personal"))) for site, values in shown]
+    if together := _known(everyone, ("federated", "personal", "pooled")):
         groups.append(("all sites", together))
     values = [value for _, bars in groups for value in bars.values()]
     if len(values) < 2:
@@ -208,8 +210,9 @@ def _square(axes: Axes, across: str, up: str) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
 
 
-def roc(curve: Mapping[str, Any], auc: object = None) -> Html | None:
-    """Receiver operating characteristic: {"false_positive_rate": [n], "true_positive_rate": [n]}, both rising."""
+def roc(curve: Mapping[str, Any], auc: object = None, kind: str = "federated") -> Html | None:
+    """Receiver operating characteristic: {"false_positive_rate": [n], "true_positive_rate": [n]}, both rising. kind: of
+    which model."""
     points = [
         (x, y)
         for a, b in zip(curve.get("false_positive_rate") or [], curve.get("true_positive_rate") or [], strict=False)
@@ -221,7 +224,7 @@ def roc(curve: Mapping[str, Any], auc: object = None) -> Html | None:
     def paint(figure: Figure) -> None:
         axes = plain_axes(figure, grid="both")
         _square(axes, "false alarms", "found")
-        axes.plot(*zip(*points, strict=True), color=FEDERATED)
+        axes.plot(*zip(*points, strict=True), color=COLOURS[kind])
         if real(auc) is not None:
             axes.text(0.98, 0.06, f"AUC {fixed(auc)}", ha="right", color=INK)
 
@@ -230,8 +233,9 @@ def roc(curve: Mapping[str, Any], auc: object = None) -> Html | None:
     )
 
 
-def calibration(groups: Sequence[Mapping[str, Any]]) -> Html | None:
-    """Predicted against observed rates: [{"rows", "predicted", "observed"}, …]; a dot's area is its rows."""
+def calibration(groups: Sequence[Mapping[str, Any]], kind: str = "federated") -> Html | None:
+    """Predicted against observed rates: [{"rows", "predicted", "observed"}, …]; a dot's area is its rows. kind:
+    of which model."""
     known = [
         (n, p, o)
         for row in groups
@@ -246,7 +250,7 @@ def calibration(groups: Sequence[Mapping[str, Any]]) -> Html | None:
         axes = plain_axes(figure, grid="both")
         _square(axes, "predicted", "observed")
         areas = 14 + 130 * rows / rows.max()
-        axes.scatter(predicted, observed, areas, color=FEDERATED, edgecolors=svg.CARD, linewidths=1, zorder=3)
+        axes.scatter(predicted, observed, areas, color=COLOURS[kind], edgecolors=svg.CARD, linewidths=1, zorder=3)
 
     told = "; ".join(f"predicted {100 * p:.0f} %, observed {100 * o:.0f} % ({whole(n)} rows)" for n, p, o in known)
     return render(WIDTH, 290, f"Calibration: {told}", paint)

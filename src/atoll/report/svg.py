@@ -27,11 +27,11 @@ from atoll.report.markup import Html, clean
 Grid = Literal["x", "y", "both"]
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
 FEDERATED, LOCAL, POOLED, DATA, CARD = "#040404", "#050505", "#060606", "#070707", "#080808"
-POSITIVE, NEGATIVE = "#090909", "#0a0a0a"
+POSITIVE, NEGATIVE, PERSONAL = "#090909", "#0a0a0a", "#0b0b0b"
 _VARIABLES = {
     INK: "ink", MUTED: "muted", LINE: "line", CARD: "card",
     FEDERATED: "federated", LOCAL: "local", POOLED: "pooled", DATA: "data",
-    POSITIVE: "positive", NEGATIVE: "negative",
+    POSITIVE: "positive", NEGATIVE: "negative", PERSONAL: "personal",
 }  # fmt: skip
 TEXT_SIZE = 11.0
 """Size of text, in the drawing's units (CSS pixels)."""

@@ -46,6 +46,7 @@ approval: manual                             # ask the operator about every stud
 budgets:                                     # what each data set may cost, statistics and training together
   "*": {unit: record, epsilon: 10, delta: 1.0e-4, per: year, exact_releases: 10000}
 roster: manual                               # ask the operator about every new identity (or: automatic)
+models: []                                   # networks of other packages that plans may name: "package.nets:Net"
 audit: null                                  # or {max_leak_rate: 0.0}: no training before `atoll site audit PLAN`
 """
 
@@ -55,7 +56,8 @@ PUBLIC_KEY = "[0-9a-f]{64}"
 
 class CoordinatorConfig(BaseModel):
     """coordinator.yaml. host: where to listen; address: how sites reach it (default: host).
-    store: SQLAlchemy URL (default: SQLite in the folder). certificate_days: lifetime of certificates."""
+    store: SQLAlchemy URL (default: SQLite in the folder). certificate_days: lifetime of certificates. models: networks
+    of other packages that plans may name (``package.nets:Net``)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,6 +68,7 @@ class CoordinatorConfig(BaseModel):
     enrol_port: int = Field(default=7444, ge=0, le=65535)
     store: str = ""
     certificate_days: float = Field(default=7.0, gt=0, le=398)
+    models: tuple[str, ...] = ()
 
 
 class SiteConfig(BaseModel):
@@ -109,7 +112,7 @@ class CoordinatorHome:
         _new_folder(folder, "coordinator.yaml")
         pki.CertificateAuthority.create(config.federation).save(folder)
         Identity.generate("coordinator").save(folder / "identity.key")
-        (folder / "coordinator.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
+        (folder / "coordinator.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return CoordinatorHome(folder)
 
     def store(self) -> RunStore:

@@ -173,6 +173,13 @@ class Journal:
             row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
         return decode(row[0]).arrays if row else {}
 
+    def personal(self, run: str) -> Message:
+        """The model that the site has for itself in *run* ("weights", if it has one); with it the "round" it is of, and
+        what was "fitted" of the recipe."""
+        with self._lock:
+            row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, PERSONAL)).fetchone()
+        return decode(row[0]) if row else Message("state")
+
     def _large(self, seq: int) -> Path:
         """Where a release too large for the database is kept."""
         return self._path.with_name(f"{self._path.name}-release-{seq}.bin")
@@ -241,7 +248,9 @@ class Journal:
                 if protection is not None:
                     self._put_state(run, PROTECTION, Message("state", {}, dict(protection)))
                 if personal is not None:
-                    self._put_state(run, PERSONAL, Message("state", {}, dict(personal)))
+                    fitted = json.loads(self.setting(f"view {run}") or "{}")
+                    about = {"round": int(body.get("round", -1)), "fitted": fitted}
+                    self._put_state(run, PERSONAL, Message("state", about, dict(personal)))
         except BaseException:
             if seq is not None:  # what was written of a large release would keep the disk full
                 self._forget([seq])

@@ -45,8 +45,9 @@ class Policy(BaseModel):
     min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
     share: own values that may leave un-summed. approval: "manual" asks the operator
     about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
-    releases are refused. modules: further Python modules whose programs may be loaded. budgets: what a data set may
-    cost (see :class:`atoll.runtime.budget.Budget`), by its name or ``*``. audit: what a plan's audit at this site must
+    releases are refused. modules: further Python modules whose programs may be loaded. models: networks of other
+    packages that plans may name (``package.nets:Net``); no pattern. budgets: what a data set may cost
+    (see :class:`atoll.runtime.budget.Budget`), by its name or ``*``. audit: what a plan's audit at this site must
     have shown before training (None: none is needed).
     """
 
@@ -65,6 +66,7 @@ class Policy(BaseModel):
     roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
     modules: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     budgets: dict[str, Budget] = Field(default_factory=lambda: {"*": Budget()})
     audit: AuditRule | None = None
 

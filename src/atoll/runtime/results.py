@@ -20,8 +20,12 @@ from atoll.contract.program import REGISTRY
 from atoll.contract.protection import REPLY
 from atoll.contract.rounds import Gathered, Reduced, Round, Summed
 from atoll.contract.wire import Array, Json
+from atoll.data.recipe import Prepared
+from atoll.models import stored
+from atoll.models.model import Model
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.privacy.dp.release import Noise
+from atoll.runtime.model_card import card
 
 SUMMED = "Sums were masked: the coordinator saw only the sum of {sites}, and no site saw another's numbers."
 PROTECTED = {
@@ -61,7 +65,7 @@ def summarise(
     """(result.json, model arrays) of a run's outcome."""
     found, evaluation = dict(outcome["result"]), outcome["evaluation"] or {}
     model = found.pop("model", None)
-    own = evaluation.get("own", {})
+    own, personal = evaluation.get("own", {}), evaluation.get("personal")
     result: dict[str, Any] = {
         "study": plan.name,
         "program": plan.program,
@@ -81,18 +85,28 @@ def summarise(
         "privacy": told_privacy(plan, sites, noise, seen or Seen()),
         "fitted": outcome["fitted"],
         "preparation": outcome["preparation"],
-        "curves": evaluation.get("curves", {}),
+        "curves": (personal or evaluation).get("curves", {}),
     }  # fmt: skip
+    if personal is not None:
+        result["metrics"]["personal"] = personal["pooled"]
+        for site, metrics in result["metrics"]["per_site"].items():
+            metrics["personal"] = personal["own"].get(site, {})
     arrays: dict[str, Array] = {}
     if model is not None:
-        arrays = model.arrays()
+        arrays = {**model.arrays(), **found.pop("arrays", {})}
         table = {key: found.pop(key) for key in ("coefficients", "table", "iterations") if key in found}
-        result["model"] = {"spec": model.spec(), "converged_rounds": table.pop("iterations", None), **table}
+        result["model"] = {**described(model), "converged_rounds": table.pop("iterations", None), **table}
     if "columns" in found:
         result["statistics"] = {"rows": found.pop("rows"), "columns": found.pop("columns")}
     found.pop("history", None)
     result["output"] = found
     return to_plain(result), arrays
+
+
+def described(model: Model) -> dict[str, Any]:
+    """A model's spec, and the names of the arrays that make its weights, in order."""
+    stored_as = model.arrays()
+    return {"spec": model.spec(), "layers": [name for name in model.layers if name in stored_as] or ["weights"]}
 
 
 @dataclass
@@ -197,16 +211,16 @@ def details(
     }
 
 
-def write_model(folder: Path, result: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """The model in open formats: ``model.json`` (spec, coefficients in the columns' own units, metrics)
-    and ``weights.npz`` (numpy, no pickles; scaled weights with the scale's middle and half range)."""
+def write_model(folder: Path, plan: Plan, result: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """The model in open formats: ``model.json`` and ``model.safetensors`` (see :mod:`atoll.models.stored`), with the
+    run's metrics and privacy and what its recipe fitted; and its card, ``README.md``."""
     if not arrays:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    card = {k: result[k] for k in ("study", "program", "plan_hash", "run", "model", "fitted", "metrics", "privacy")}
-    (folder / "model.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    with (folder / "weights.npz").open("wb") as file:
-        np.savez(file, allow_pickle=False, **{name: np.asarray(value) for name, value in arrays.items()})
+    schema = Prepared(plan.recipe).schema(plan.table)
+    about = {k: result[k] for k in ("study", "program", "plan_hash", "run", "model", "fitted", "metrics", "privacy")}
+    stored.save(folder, {**about, "schema": schema.model_dump(mode="json")}, arrays)
+    size = sum(arrays[name].size for name in result["model"]["layers"])
+    (folder / "README.md").write_text(card(plan, schema, result, size), encoding="utf-8")
 
 
 def write_json(path: Path, value: Json) -> None:

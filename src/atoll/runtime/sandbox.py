@@ -33,6 +33,7 @@ from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.data.table import concatenate
+from atoll.models.allowed import allow, asked_in
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.coordinator import Coordinator, Event
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
@@ -65,6 +66,7 @@ def run_sandbox(
     Writes result.json, model/ and ledger/PARTY.jsonl into *out*. Raises the AtollError that ended it.
     """
     load_installed()
+    allow(asked_in(plan.params))  # it is one's own
     settle()
     check_plan(plan)
     plan = settled(plan)
@@ -87,7 +89,7 @@ def run_sandbox(
     if result["metrics"]["federated"]:
         _compare(plan, tables, result, tell)
     write_json(out / "result.json", result)
-    write_model(out / "model", result, arrays)
+    write_model(out / "model", plan, result, arrays)
     return result, shown
 
 
@@ -151,11 +153,12 @@ def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any],
                 store.close()
             except AtollError as error:
                 found = {"federated": {}, "per_site": {name: {"federated": {}}}, "note": error.message or error.code}
+        which = "personal" if "personal" in found else "federated"  # one's own model is all that one party makes
         if name == "pooled":
-            result["metrics"]["pooled"] = found["federated"]
+            result["metrics"]["pooled"] = found[which]
         else:
             place = result["metrics"]["per_site"][name]
-            place["local"] = found["per_site"][name]["federated"]
+            place["local"] = found["per_site"][name][which]
         if "note" in found:
             result["metrics"].setdefault("notes", {})[name] = found["note"]
 
@@ -218,7 +221,9 @@ def _run_grpc(
     plan: Plan, sources: Mapping[str, SourceSpec], base: Path, scratch: Path, ledgers: Path, tell: Event
 ) -> tuple[RunStore, str]:
     """Drive one run with a process per party on loopback; the caller closes the store."""
-    home = CoordinatorHome.create(scratch / "coordinator", CoordinatorConfig(port=0, enrol_port=0))
+    models = tuple(asked_in(plan.params))
+    policy = Policy.sandbox().model_copy(update={"models": models})
+    home = CoordinatorHome.create(scratch / "coordinator", CoordinatorConfig(port=0, enrol_port=0, models=models))
     store = home.store()
     sites: dict[str, SiteHome] = {}
     with processes(scratch) as children:
@@ -228,7 +233,7 @@ def _run_grpc(
             tell({"starting": name})
             token = home.invite(store, name, dt.timedelta(minutes=10))
             where = spec.model_copy(update={"path": str((base / spec.path).absolute())})
-            joining = SiteHome.create(scratch / name, token.encode(), {plan.dataset: where}, Policy.sandbox())
+            joining = SiteHome.create(scratch / name, token.encode(), {plan.dataset: where}, policy)
             sites[name] = asyncio.run(joining)
             children.start(name, "site", "up", "--home", str(sites[name].folder))
         until(lambda: all(row["seen"] for row in store.sites().values()), children, "the sites' connection")

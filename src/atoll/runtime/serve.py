@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from atoll.contract.errors import AtollError
 from atoll.contract.wire import Json
+from atoll.models.allowed import allow
 from atoll.runtime.catalogue import load_installed, load_modules
 from atoll.runtime.coordinator import Coordinator
 from atoll.runtime.home import CoordinatorHome, SiteHome
@@ -33,6 +34,7 @@ class CoordinatorServer:
 
     def __init__(self, home: CoordinatorHome, on_event: Callable[[dict[str, Any]], None] | None = None) -> None:
         load_installed()
+        allow(home.config.models)
         self._home, self._store = home, home.store()
         self._tell = on_event or (lambda _: None)
         store = self._store
@@ -109,6 +111,7 @@ async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
     """
     load_installed()
     load_modules(home.policy.modules)
+    allow(home.policy.models)
     journal = home.journal()
     site = Site(home.identity, journal, home.policy, home.data, bytes.fromhex(home.config.coordinator_key))
     link = GrpcSite(

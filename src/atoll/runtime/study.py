@@ -53,9 +53,7 @@ def check_plan(plan: Plan) -> Program:
         schema = Prepared(plan.recipe).schema(plan.table)
         if program is not None:
             _check_columns(program, schema)
-            if getattr(program.params, "evaluate_every", None) and not (plan.run.evaluate and plan.run.holdout):
-                raise PlanError("plan.no-holdout", "there are no rows to evaluate on during the run",
-                                field="params.evaluate_every", remedy="set run.holdout, or leave it out")  # fmt: skip
+            _check_run(plan, program, schema)
     except PlanError as error:
         problems.append(error)
     refuse_all(PlanError, "plan.refused", problems)
@@ -85,6 +83,26 @@ def _check_columns(program: Program, schema: Any) -> None:
     steps = program.coordinate(Cohort(("check",), schema))
     next(steps, None)
     steps.close()
+
+
+def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
+    """Raise PlanError where the run's settings and the program's do not fit each other."""
+    by, drawn = plan.run.holdout_by, getattr(program.params, "sites_per_round", None)
+    if drawn is not None and drawn < plan.cohort.min_sites:
+        raise PlanError("plan.too-few-drawn", "a round would have fewer sites than the cohort's rule demands",
+                        field="params.sites_per_round", remedy="raise it, or lower cohort.min_sites")  # fmt: skip
+    if getattr(program.params, "evaluate_every", None) and not (plan.run.evaluate and plan.run.holdout):
+        raise PlanError("plan.no-holdout", "there are no rows to evaluate on during the run",
+                        field="params.evaluate_every", remedy="set run.holdout, or leave it out")  # fmt: skip
+    if by is None:
+        return
+    column = schema.columns.get(by)
+    if column is None or column.role == "ignore" or not (column.numeric or column.dtype in ("date", "datetime")):
+        raise PlanError("plan.bad-column", f"{by!r} has no order to hold rows out by", field="run.holdout_by",
+                        remedy="name a column of the prepared table with dates, times or numbers")  # fmt: skip
+    if plan.privacy is not None:
+        raise PlanError("privacy.holdout", "under privacy a record must not move the border of what is held out",
+                        field="run.holdout_by", remedy="leave it out: rows are then drawn each by itself")  # fmt: skip
 
 
 def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None = None) -> Steps:

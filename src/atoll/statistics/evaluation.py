@@ -35,7 +35,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import feature_bounds
-from atoll.models.model import Model, make
+from atoll.models.model import Model, make, restored
 from atoll.statistics.noise import fine, only_summed, sent_array
 from atoll.statistics.scores import (
     LOSS_CAP,
@@ -177,7 +177,9 @@ class Evaluation:
     def _scored(self, site: SiteView, task: Task) -> tuple[Floats, Floats]:
         model = self._model(site.holdout.schema)
         weights = task.take("weights", model.weights.shape)
-        model = model.with_weights(site.personal.get("weights", weights) if "personal" in task.arrays else weights)
+        model = model.with_weights(weights)
+        if "personal" in task.arrays:
+            model = restored(site.personal, site.holdout.schema, model)
         p = model.predict(site.holdout)
         if model.task == "classes":
             y = site.holdout.codes(model.targets[0]).astype(np.float64)

@@ -190,16 +190,19 @@ def test_asof_aligns_two_streams_of_a_long_table(table_of: Any, prepare: Any, sa
     assert made.dropped == {"without a": 2}
 
 
-def test_lags_and_differences(stream: Table, prepare: Any, same: Any) -> None:
-    made = run(prepare, stream, step="lag", columns=["x", "n"], lags=[1, 3], differences=[2], **BY)
+def test_lags_differences_and_what_comes(stream: Table, prepare: Any, same: Any) -> None:
+    made = run(prepare, stream, step="lag", columns=["x", "n"], lags=[1, 3], differences=[2], ahead=[1, 4], **BY)
     streams = by_stream(stream).groupby("s")
     for name in ("x", "n"):
         assert same(made[f"{name}_lag1"], grouped(streams[name].shift(1)))
         assert same(made[f"{name}_lag3"], grouped(streams[name].shift(3)))
         assert same(made[f"{name}_diff2"], grouped(streams[name].diff(2)))
+        assert same(made[f"{name}_ahead1"], grouped(streams[name].shift(-1)))
+        assert same(made[f"{name}_ahead4"], grouped(streams[name].shift(-4)))
         assert same(made[name], stream[name])
     assert made.schema.columns["x_diff2"].range == (-10, 10)
     assert made.schema.columns["n_diff2"].dtype == "integer"
+    assert (made.schema.columns["n_ahead1"].dtype, made.schema.columns["n_ahead1"].role) == ("integer", "label")
 
 
 @pytest.mark.parametrize("current", [True, False])
@@ -349,7 +352,7 @@ def test_short_streams(table_of: Any, prepare: Any, same: Any, method: str) -> N
 STEPS: list[dict[str, Any]] = [
     {"step": "resample", "every": "1h", "columns": {"x": "mean", "n": "sum"}, "most": 9, "fill": True, **BY},
     {"step": "asof", "value": ["x", "n"], "tolerance": "1h", **BY},
-    {"step": "lag", "columns": ["x"], "lags": [1], "differences": [1], "windows": [3, "1h"], **BY},
+    {"step": "lag", "columns": ["x"], "lags": [1], "ahead": [1], "differences": [1], "windows": [3, "1h"], **BY},
     {"step": "impute", "columns": ["x"], "with": "forward_fill", **BY},
     {"step": "smooth", "columns": ["x"], "method": "median", **BY},
     {"step": "smooth", "columns": ["x"], "method": "exponential", **BY},

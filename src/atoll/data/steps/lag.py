@@ -1,4 +1,4 @@
-"""What was before: lags, differences and rolling statistics of each stream."""
+"""What was before, or comes: lags, differences, rolling statistics and values to forecast of each stream."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ How = Literal["mean", "sum", "std", "min", "max"]
 class Lag(Step):
     """New columns of what ``columns`` were before, in the stream of each row (equal ``by``, in the order of ``on``).
 
-    lags: COLUMN_lagN, the value N rows before. differences: COLUMN_diffN, the value minus that.
+    lags: COLUMN_lagN, the value N rows before. differences: COLUMN_diffN, the value minus that. ahead: labels
+        COLUMN_aheadN, the value N rows after.
     windows: rows (7) or durations ("24h") that end with the row itself, or with current: false just before it:
         COLUMN_STATISTIC_WINDOW of the present values; statistics: mean, sum, std (n − 1), min, max. A window of
         7 rows holds 7; one of 24h those later than 24 h before (with current: false also that moment, but
@@ -44,6 +45,7 @@ class Lag(Step):
     by: Names = ()
     lags: tuple[Rows, ...] = ()
     differences: tuple[Rows, ...] = ()
+    ahead: tuple[Rows, ...] = ()
     windows: tuple[Rows | Duration, ...] = ()
     statistics: tuple[How, ...] = ("mean",)
     current: bool = True
@@ -52,8 +54,8 @@ class Lag(Step):
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
-        if not (self.lags or self.differences or self.windows):
-            raise ValueError("write lags, differences or windows")
+        if not (self.lags or self.differences or self.ahead or self.windows):
+            raise ValueError("write lags, differences, ahead or windows")
         if "sum" in self.statistics and not self.most and any(isinstance(w, str) for w in self.windows):
             raise ValueError("sums over durations need most, the rows that one may hold")
         return self
@@ -70,6 +72,7 @@ class Lag(Step):
             low, high = column.bounds()
             whole: Any = column.dtype
             made |= {f"{name}_lag{n}": column for n in self.lags}
+            made |= {f"{name}_ahead{n}": column.model_copy(update={"role": "label"}) for n in self.ahead}
             difference = between(low - high, high - low, column, dtype=whole, unit=column.unit)
             made |= {f"{name}_diff{n}": difference for n in self.differences}
             for window in self.windows:
@@ -109,6 +112,8 @@ class Lag(Step):
             values = _cells(frame, name)[rows]
             for n in self.lags:
                 put(f"{name}_lag{n}", ((part, _before(values, start, part, n)) for part in blocks(len(rows))))
+            for n in self.ahead:
+                put(f"{name}_ahead{n}", ((part, _after(values, start, part, n)) for part in blocks(len(rows))))
             for n in self.differences:
                 differences = ((part, values[part] - _before(values, start, part, n)) for part in blocks(len(rows)))
                 put(f"{name}_diff{n}", differences)
@@ -160,6 +165,13 @@ def _before(values: Floats, start: Places, part: slice, n: int) -> Floats:
     """The values n rows before those of *part*, in their streams."""
     place = np.arange(part.start, part.stop) - n
     return np.where(place >= start[part], values[place], np.nan)  # a negative place is never taken
+
+
+def _after(values: Floats, start: Places, part: slice, n: int) -> Floats:
+    """The values n rows after those of *part*, in their streams."""
+    place = np.arange(part.start, part.stop) + n
+    inside = np.minimum(place, len(values) - 1)
+    return np.where((place == inside) & (start[inside] == start[part]), values[inside], np.nan)
 
 
 class _Files:

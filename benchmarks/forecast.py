@@ -1,0 +1,197 @@
+"""Forecasts across sites: traffic speed at four districts, and PM2.5 at twelve stations, from ``examples``.
+
+Of each example the same network, batches and number of steps a site: ``local`` each site alone, ``fedavg`` all of
+them, ``finetune`` each site's own after FedAvg, ``fedper`` a head at each site, ``pooled`` all rows in one place, with
+as many steps as the sites take together. ``persistence`` says that all stays as it is. Errors are over all held-out
+rows, the latest fifth of the time. ``online`` goes through all four years week by week, each first foretold and then
+learned from. Of air quality, labels of the last training day are of the first held-out one (24 of 27,000 rows; likewise
+from one week to the next); of traffic there is an hour between. Sums are made without masks, which do not change them.
+Data: $ATOLL_DATA or ../shared/data.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atoll.contract.plan import Plan
+from atoll.contract.schema import Column
+from atoll.data.site_data import SiteData
+from atoll.data.table import Table, concatenate
+from atoll.models.model import Model
+from atoll.runtime.catalogue import load_installed
+from atoll.runtime.sandbox import read_sites
+from atoll.statistics.scores import binary_metrics
+from benchmarks.learning import driven, learn
+from benchmarks.table import Row, main
+
+SEED = 7
+EXAMPLES = Path(__file__).parents[1] / "examples"
+DATA = Path(os.environ.get("ATOLL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+HEAVY = 150
+"""µg/m³ of PM2.5: above it is heavy pollution."""
+Tables = dict[str, Table]
+Models = Mapping[str, Model]
+
+
+def read(plan: Plan, sites: Path, folder: Path) -> Tables:
+    """Every site's prepared rows, with those marked that are held out."""
+    load_installed()
+    return {name: SiteData.read(spec, plan, folder, name).base() for name, spec in read_sites(sites).items()}
+
+
+def traffic(plan: Plan) -> Tables:
+    """Four districts."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = [sys.executable, str(EXAMPLES / "traffic" / "prepare.py"), folder, "--data", str(DATA)]
+        subprocess.run(made, check=True)
+        found = read(plan, Path(folder) / "sites.yaml", Path(folder))
+        return {name: Table(t.schema, {n: t[n] for n in t.columns}, t.held_out) for name, t in found.items()}
+
+
+def learned(plan: Plan, tables: Tables, methods: tuple[str, ...]) -> Iterator[tuple[str, Models]]:
+    """(method, each site's model)."""
+    params = dict(plan.params)
+    alone: dict[str, Model] = {}
+    for name, table in tables.items():  # its steps are as many as those of the first of the methods
+        alone |= driven(f"horizontal.{methods[0]}", params, {name: table}, SEED)[1]
+    yield "local", alone
+    for method in methods:
+        model, own = driven(f"horizontal.{method}", params, tables, SEED)
+        if method == "finetune":  # what it tunes is FedAvg's
+            yield "fedavg", dict.fromkeys(tables, model)
+        yield method, own
+    everything = {**params, "local_steps": params["local_steps"] * len(tables)}
+    pooled, _ = driven("horizontal.fedavg", everything, {"pooled": concatenate(list(tables.values()))}, SEED)
+    yield "pooled", dict.fromkeys(tables, pooled)
+
+
+def told(
+    study: str, tables: Tables, found: Iterator[tuple[str, Models]], horizons: Mapping[str, str], anchor: str,
+    published: Mapping[str, float],
+) -> list[Row]:  # fmt: skip
+    """One row for each method and horizon: the MAE, with persistence's as peer; RMSE, and MAE by site, beside it."""
+    tests, rows = {name: table.parts()[1] for name, table in tables.items()}, list[Row]()
+    truth = {name: np.column_stack([test[target] for target in horizons]) for name, test in tests.items()}
+    off = {"persistence": {name: newest(test, anchor)[:, None] - truth[name] for name, test in tests.items()}}
+    for method, models in found:
+        off[method] = {name: models[name].predict(test) - truth[name] for name, test in tests.items()}
+        print(study, method, np.abs(np.concatenate([*off[method].values()])).mean(0), file=sys.stderr, flush=True)
+    for place, (target, ahead) in enumerate(horizons.items()):
+        peer = published[target]
+        for method, by_site in off.items():
+            whole = np.concatenate([site[:, place] for site in by_site.values()])
+            own = {name: float(np.abs(site[:, place]).mean()) for name, site in by_site.items()}
+            shown = own if len(own) < 5 else {"best site": min(own.values()), "worst": max(own.values())}
+            note = f"RMSE {np.sqrt((whole**2).mean()):.2f}; " + ", ".join(f"{n} {v:.2f}" for n, v in shown.items())
+            rows.append(Row(f"{study}, {ahead}, {method}", float(np.abs(whole).mean()), "MAE", peer, note=note))
+            if method == "persistence":
+                peer = rows[-1].value
+    return rows
+
+
+def newest(table: Table, series: str) -> NDArray[np.float64]:
+    """The newest value of a series that each row's window has, [num_rows]; 0 where it has none."""
+    found = np.asarray(table[series], np.float64)
+    for n in range(1, 12):
+        found = np.where(np.isnan(found), table[f"{series}_lag{n}"], found)
+    return np.nan_to_num(found)
+
+
+def alarmed(tables: Tables) -> Tables:
+    """With the column "alarm": will the air be heavily polluted in a day?"""
+    found = {}
+    for name, table in tables.items():
+        alarm = (table["PM2.5_ahead24"] > HEAVY).astype(np.float64)
+        schema = table.schema.with_columns({"alarm": Column(dtype="integer", values=(0, 1), role="label")})
+        found[name] = replace(table, schema=schema, columns={**table.columns, "alarm": alarm})
+    return found
+
+
+def alarms(plan: Plan, tables: Tables) -> list[Row]:
+    """AUC of each method's alarm, with persistence's as peer, over all stations' held-out rows; F1 beside it."""
+    tests, rows = {name: table.parts()[1] for name, table in tables.items()}, list[Row]()
+    truth = np.concatenate([test["alarm"] for test in tests.values()])
+    level = np.concatenate([newest(test, "PM2.5") for test in tests.values()])
+    scores = {"persistence": 0.5 + (level - HEAVY - 1e-9) / 2000}
+    for method, models in learned(plan, tables, ("fedavg",)):
+        scores[method] = np.concatenate([models[name].predict(test) for name, test in tests.items()])
+    for method, score in scores.items():
+        found = binary_metrics(truth, score)
+        note = f"F1 {found['f1']:.3f}, {truth.mean():.1%} of the hours ahead are heavily polluted"
+        peer = rows[0].value if rows else None
+        rows.append(Row(f"PM2.5 > {HEAVY} in 24 h, {method}", found["auc"], "AUC", peer, note=note))
+    return rows
+
+
+def online(plan: Plan, tables: Tables, still: Model) -> list[Row]:
+    """The mean of both MAEs over the last fifth of the weeks: going on to learn every week, and standing *still*."""
+    weeks = plan.params["rounds"]
+    begin = np.datetime64(plan.params["start"]) + 7 * round(0.8 * weeks) * np.timedelta64(1, "D")
+    late = {name: table.rows(table["time"] >= begin) for name, table in tables.items()}
+    rows = concatenate(list(late.values()))
+    truth = np.column_stack([rows[target] for target in still.targets])
+    schema = rows.schema.model_dump(mode="json")
+    prepared = Plan.from_json({**plan.to_json(), "schema": schema, "recipe": {}, "protection": "plain"})
+    whole = {name: replace(table, held_out=None) for name, table in tables.items()}
+    periods = learn(prepared, whole).result["output"]["periods"]
+    told = [period for period in periods[round(0.8 * weeks) :] if period["rows"]]
+    error = np.average([period["error"] for period in told], weights=[period["rows"] for period in told])
+    peer = float(np.abs(newest(rows, "PM2.5")[:, None] - truth).mean())
+    drifts = sum(period["drift"] for period in periods)
+    return [
+        Row("PM2.5, 1 h and 24 h, last weeks, fedavg", float(np.abs(still.predict(rows) - truth).mean()), "MAE", peer),
+        Row("PM2.5, 1 h and 24 h, last weeks, online", float(error), "MAE", peer,
+            note=f"{weeks} weeks, drift in {drifts} of them"),
+    ]  # fmt: skip
+
+
+def shortened(plan: Plan, quick: bool, **params: Any) -> Plan:
+    """*plan* with other parameters; a *quick* one has a few rounds."""
+    few = {"rounds": 4} if quick else {}
+    return plan.model_copy(update={"params": {**plan.params, **params, **few}})
+
+
+def roads(quick: bool) -> list[Row]:
+    """Speed in 15, 30 and 60 minutes."""
+    plan = Plan.load(EXAMPLES / "traffic" / "plan.yaml")
+    tables = traffic(plan)
+    found = learned(shortened(plan, quick), tables, ("finetune",))
+    horizons = {"speed_15": "15 min", "speed_30": "30 min", "speed_60": "60 min"}
+    return told("speed (mph)", tables, found, horizons, "speed", {"speed_15": 3.54, "speed_30": 4.34, "speed_60": 5.77})
+
+
+def air(quick: bool) -> list[Row]:
+    """PM2.5, its alarm, and online."""
+    folder = EXAMPLES / "air-quality"
+    forecast, alarm, weekly = (Plan.load(folder / f"{name}.yaml") for name in ("forecast", "alarm", "online"))
+    tables = read(forecast, folder / "sites.yaml", DATA / "beijing-air-quality")
+    if quick:
+        tables = dict(list(tables.items())[:3])
+    horizons = {"PM2.5_ahead1": "1 h", "PM2.5_ahead24": "24 h"}
+    models = dict(learned(shortened(forecast, quick), tables, ("finetune", "fedper")))
+    published = {"PM2.5_ahead1": 9.99, "PM2.5_ahead24": 57.1}
+    rows = told("PM2.5 (µg/m³)", tables, iter(models.items()), horizons, "PM2.5", published)
+    rows += alarms(shortened(alarm, quick), alarmed(tables))
+    return [*rows, *online(shortened(weekly, quick), tables, next(iter(models["fedavg"].values())))]
+
+
+def measure(quick: bool) -> list[Row]:
+    """Both studies, a process each."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        return [row for found in [pool.submit(study, quick) for study in (roads, air)] for row in found.result()]
+
+
+if __name__ == "__main__":
+    main("forecast", ("numpy", "torch", "duckdb"), measure, SEED)

@@ -1,0 +1,1 @@
+"""What a coordinator makes of the sums that it is sent."""

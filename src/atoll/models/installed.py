@@ -1,0 +1,67 @@
+"""Weights installed at a party: a backbone, trained elsewhere, that a federation starts from.
+
+A model's spec refers to them as ``base: {name: …, sha256: …}``: the file ``name.safetensors`` in the folder that the
+environment variable ATOLL_MODELS names, else in ``models`` in the home folder. The hash stands in the plan, which every
+party approves, so that all mean the same weights; it is checked before they are used. The format holds names, shapes
+and numbers only: reading it runs no code.
+
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from atoll.contract.errors import IntegrityError, PlanError
+from atoll.contract.wire import Array
+
+
+class Base(BaseModel):
+    """name: of the file, without its ending. sha256: of its bytes, in hexadecimal. frozen: layers, by the beginning of
+    their names, that stay as they are there: they are no weights of the model, and never travel."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    frozen: tuple[str, ...] = ()
+
+    def read(self) -> Mapping[str, Array]:
+        """The installed arrays by name, not to be written to. Raises PlanError "model.no-base" or "model.bad-base",
+        and IntegrityError "model.base-changed"."""
+        named = os.environ.get("ATOLL_MODELS", "")
+        return _read((Path(named) if named else Path.home() / "models") / f"{self.name}.safetensors", self.sha256)
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path, sha256: str) -> Mapping[str, Array]:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        raise PlanError(
+            "model.no-base", "the model's base is not installed here", field="model.base",
+            remedy="put the .safetensors file of that name into the folder that ATOLL_MODELS names",
+        ) from None  # fmt: skip
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise IntegrityError(
+            "model.base-changed", "the installed base is not the one that the plan names", field="model.base",
+            remedy="install the file with the plan's sha256, or agree on another plan",
+        )  # fmt: skip
+    try:
+        found = load(content)
+    except (SafetensorError, KeyError, TypeError):  # the latter two: a dtype that numpy does not have
+        raise PlanError(
+            "model.bad-base", "the model's base cannot be read", field="model.base",
+            remedy="save it as safetensors, in float32",
+        ) from None  # fmt: skip
+    for array in found.values():
+        array.flags.writeable = False
+    return found
