@@ -52,7 +52,7 @@ RATES = ({"learning_rate": 0.1}, {"learning_rate": 0.5})
 SERVER = tuple({"server_learning_rate": rate} for rate in (0.03, 0.1, 0.3))
 ROWS = {"generated": 500, "distil_steps": 30}
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
-    "fedavg": ({},),
+    "fedavg": ({"weighting": "rows"}, {"weighting": "sites"}),
     "fedprox": ({"proximal": 0.1}, {"proximal": 1.0}),
     "scaffold": ({"weighting": "rows"}, {"weighting": "sites"}),
     "fednova": ({},),
@@ -74,6 +74,8 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "ifca": ({"clusters": 2},),
 }
 """What is tried of each algorithm, each with both RATES."""
+CHOSEN = ("chosen", "chosen, one model")
+"""The best method over the folds; and of those that give all hospitals the same model."""
 Tables = dict[str, Table]
 Score = dict[str, float]
 """Accuracy by hospital, their mean "macro", and "pooled" of all test rows."""
@@ -169,17 +171,17 @@ def tuned(method: str, tables: Tables, seed: int) -> tuple[float, dict[str, Any]
 
 
 def measured(seed: int, methods: tuple[str, ...]) -> dict[str, Any]:
-    """Of one split: each method's Score, and under "chosen" that of the best method over the folds, and its name."""
-    tables, found, best = split(seed), dict[str, Any](), (-1.0, "")
+    """Of one split: each method's Score; and under CHOSEN that of the best method over the folds, and its name."""
+    tables, found, folded = split(seed), dict[str, Score](), dict[str, float]()
     for method in (*methods, "pooled", "local"):
-        accuracy, settings = tuned(method, tables, seed)
+        folded[method], settings = tuned(method, tables, seed)
         found[method] = scored(fitted(method, settings, tables, seed), tables)
-        if method in methods and accuracy > best[0]:
-            best = (accuracy, method)
     whole = {"pooled": concatenate([*tables.values()])}
     exact = driven("horizontal.glm", params("glm", {}), whole, seed)[0]
-    found |= {"pooled, exact": scored(dict.fromkeys(tables, exact), tables), "chosen": found[best[1]]}
-    return {"scores": found, "chosen": best[1]}
+    found["pooled, exact"] = scored(dict.fromkeys(tables, exact), tables)
+    alike = [method for method in methods if not REGISTRY[f"horizontal.{method}"].personal]
+    best = {name: max(among, key=lambda one: folded[one]) for name, among in zip(CHOSEN, (methods, alike), strict=True)}
+    return {"scores": {**found, **{name: found[method] for name, method in best.items()}}, "chosen": best}
 
 
 def masked(quick: bool) -> Row:
@@ -200,7 +202,7 @@ def masked(quick: bool) -> Row:
 def table(found: list[dict[str, Any]], methods: tuple[str, ...]) -> list[Row]:
     """One row for each method, by macro accuracy; and the differences that must not be."""
     rows, macro = [], {}
-    for method in ("pooled", "pooled, exact", "local", *methods, "chosen"):
+    for method in ("pooled", "pooled, exact", "local", *methods, *CHOSEN):
         scores = [one["scores"][method] for one in found]
         macro[method] = np.array([one["macro"] for one in scores])
         means = {name: np.mean([one[name] for one in scores]) for name in scores[0]}
@@ -209,14 +211,17 @@ def table(found: list[dict[str, Any]], methods: tuple[str, ...]) -> list[Row]:
         published = PUBLISHED.get(method)
         note += f" (FLamby: {published[1]})" if published else ""
         rows.append(Row(method, float(macro[method].mean()), "macro", published and published[0], note=note))
-    often = Counter(one["chosen"] for one in found)
-    told = ", ".join(f"{name} {times}" for name, times in often.most_common())
-    for better, worse, note in (
-        ("chosen", "pooled", f"chosen: {told}"), ("chosen", "pooled, exact", ""), ("fedavg", "pooled", ""),
-    ):  # fmt: skip
+    for better, worse in (
+        *product(CHOSEN[:1], ("pooled", "pooled, exact")),
+        (CHOSEN[1], "pooled"),
+        ("fedavg", "pooled"),
+    ):
         gap, half = interval(100 * (macro[worse] - macro[better]))
-        within = half if better == "fedavg" else 0.0
-        note = f"95 % CI {gap - half:.2f} to {gap + half:.2f}, {len(found)} paired splits" + (note and f"; {note}")
+        note = f"95 % CI {gap - half:.2f} to {gap + half:.2f}, {len(found)} paired splits"
+        if better in CHOSEN and worse == "pooled":
+            often = Counter(one["chosen"][better] for one in found)
+            note += "; chosen: " + ", ".join(f"{name} {times}" for name, times in often.most_common())
+        within = 0.0 if better == CHOSEN[0] else half
         rows.append(Row(f"{worse} − {better}", gap, "points macro", limit=within, note=note))
     return rows
 
@@ -230,7 +235,7 @@ def measure(quick: bool) -> list[Row]:
     with ProcessPoolExecutor(2) as pool:
         for one in pool.map(measured, range(seeds), repeat(methods)):
             found.append(one)
-            print(f"split {len(found)}: {one['chosen']} chosen", file=sys.stderr, flush=True)
+            print(f"split {len(found)}: {one['chosen']}", file=sys.stderr, flush=True)
     return [*table(found, methods), masked(quick)]
 
 

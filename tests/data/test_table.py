@@ -113,6 +113,8 @@ def test_the_latest_rows_are_held_out_and_equals_stay_together() -> None:
     assert hold_out_latest(days, 0.5).tolist() == [True, False, False, True, True]  # the border is on equal days
     assert not hold_out_latest(days, 0.0).any()
     assert hold_out_latest(np.array([np.nan, 2.0, 1.0]), 0.01).tolist() == [False, True, False]
+    assert not hold_out_latest(np.full(5, 3.0), 0.5).any()  # nothing would be left to learn from
+    assert hold_out_latest(np.array([1.0, 1.0, 1.0, 2.0]), 0.9).tolist() == [False, False, False, True]
     assert hold_out_latest(np.empty(0), 0.5).tolist() == []
 
 
@@ -120,5 +122,5 @@ def test_the_latest_rows_are_held_out_and_equals_stay_together() -> None:
 def test_no_held_out_row_is_before_a_training_row(times: list[int], fraction: float) -> None:
     order = np.array(times, float)
     held = hold_out_latest(order, fraction)
-    assert held.any()
-    assert held.all() or order[~held].max() < order[held].min()
+    assert held.any() == (len(set(times)) > 1)
+    assert not held.any() or order[~held].max() < order[held].min()

@@ -83,13 +83,14 @@ def test_an_hour_of_a_station_and_what_comes(atoll_data: Path) -> None:
     local = pd.to_datetime(raw[["year", "month", "day", "hour"]])
     raw.index = pd.DatetimeIndex(local - pd.Timedelta("8h"))
     known = raw["PM2.5"].shift(-1).notna() & raw["PM2.5"].shift(-24).notna()
+    raw["held"] = raw["PM2.5"].ffill()
     assert len(train) + len(test) == known.sum()
     assert train["time"].max() < test["time"].min()
     for table in (train, test):
         times = pd.DatetimeIndex(table["time"])
         for name, series, steps in (
             ("PM2.5_ahead24", "PM2.5", -24),
-            ("PM2.5_lag3", "PM2.5", 3),
+            ("PM2.5_lag3", "held", 3),
             ("TEMP_lag11", "TEMP", 11),
         ):
             wanted = raw[series].shift(steps).reindex(times)

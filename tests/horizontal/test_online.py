@@ -195,8 +195,25 @@ def test_a_coordinator_cannot_boost_beyond_the_plan(federation: Any, drive: Any)
     def change(rate: float) -> np.ndarray:
         sent = {"weights": np.zeros(3), "period": np.array(0.0), "rate": np.array(float(rate))}
         task = Task(TaskId("0" * 32, 0, 0, "reply", "s0"), sent, (0,))
+        desks["s0"].state.clear()
         return np.asarray(handler_of(made, "train").answer(made, desks["s0"], task)["weights"])
 
     assert np.array_equal(change(2), change(1e9))
     with pytest.raises(AtollError):
         change(np.nan)
+
+
+def test_a_period_is_answered_once_and_none_before_it(federation: Any, drive: Any) -> None:
+    from atoll.contract.errors import ProtocolError
+    from atoll.contract.program import handler_of
+    from atoll.contract.rounds import Task, TaskId
+
+    tables = streams(federation, rows=100)
+    desks = run(drive, tables, rounds=2).desks
+    made = build("horizontal.online", PARAMS)
+    for period in (0.0, 1.0):
+        sent = {"weights": np.zeros(3), "period": np.array(period), "rate": np.array(1.0)}
+        with pytest.raises(ProtocolError) as caught:
+            task = Task(TaskId("0" * 32, 9, 0, "reply", "s0"), sent, (0,))
+            handler_of(made, "train").answer(made, desks["s0"], task)
+        assert caught.value.code == "online.period-again"

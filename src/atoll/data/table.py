@@ -163,12 +163,15 @@ def hold_out(labels: NDArray[Any] | None, num_rows: int, fraction: float, seed: 
 def hold_out_latest(order: NDArray[Any], fraction: float) -> NDArray[np.bool_]:
     """Which rows to keep for evaluation: from the first of the latest *fraction* on, by time or another number.
 
-    order: [num_rows]; rows that are alike stay together, and rows without one (NaT, NaN) are not held out.
+    order: [num_rows]; rows that are alike stay together, and rows without one (NaT, NaN) are not held out. Some rows
+    are always left for training: where all are alike, all of them.
     """
     known = np.sort(order[~np.isnan(order)])
-    if not len(known) or fraction <= 0:
+    later = known[known > known[:1]] if len(known) else known
+    if not len(later) or fraction <= 0:
         return np.zeros(len(order), bool)
-    held: NDArray[np.bool_] = order >= known[min(round((1 - fraction) * len(known)), len(known) - 1)]
+    border = known[min(round((1 - fraction) * len(known)), len(known) - 1)]
+    held: NDArray[np.bool_] = order >= max(border, later[0])
     return held
 
 

@@ -23,7 +23,7 @@ from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Checkpoint, Gather, Metrics, Reply, Round, Steps, Task, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
-from atoll.horizontal.local import Kept, Local, LocalParams, layers_of
+from atoll.horizontal.local import Kept, Local, LocalParams, layers_of, still
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
@@ -95,8 +95,7 @@ class Cyclic:
         if not len(examples):
             return {"weights": np.zeros(len(weights)), "loss": 0.0}
         check_groups({"weight": np.array(len(examples))}, frozenset({"weight"}), site.min_group_size)
-        fixed = layers_of(model, p.freeze)
-        done = Local(p, model, examples, site, task, fixed if fixed.any() else None).sgd(weights)
+        done = Local(p, model, examples, site, task, still(model, p.freeze)).sgd(weights)
         return {
             "weights": np.clip(done.weights - weights, -p.clip, p.clip),
             "loss": np.clip(done.loss, -p.clip, p.clip),

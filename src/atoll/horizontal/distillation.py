@@ -11,17 +11,15 @@ Distillation for Robust Model Fusion in Federated Learning (NeurIPS), §3 (AvgLo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.errors import PlanError
 from atoll.contract.program import SiteView
 from atoll.contract.rounds import Task, TaskId
-from atoll.contract.wire import Json
-from atoll.horizontal.local import Local, LocalParams, Weights, layers_of
+from atoll.horizontal.local import Local, LocalParams, Weights, still
 from atoll.horizontal.rows import PublicParams, Rows
 from atoll.models.model import Examples, Goal, Model
 
@@ -31,32 +29,11 @@ FAR = 30.0
 
 
 class DistillationParams(LocalParams, PublicParams):
-    """models: of sites with another architecture than *model*, by the site's name: {kind: …} and its settings.
-    distil_steps: mini-batches of public rows in a round. distil_rate: the learning rate on them; null: the
+    """distil_steps: mini-batches of public rows in a round. distil_rate: the learning rate on them; null: the
     learning_rate. Batch size, momentum and weight decay are those of other steps."""
 
-    models: dict[str, dict[str, Json]] = Field(default_factory=dict)
-    distil_steps: int = Field(default=100, ge=0)
+    distil_steps: int = Field(default=100, ge=0, le=100_000)
     distil_rate: float | None = Field(default=None, gt=0)
-
-    def of(self, site: str) -> Self:
-        """The parameters as they are for one site."""
-        change = {"model": self.models[site], "family": None, "features": ()} if site in self.models else {}
-        return self.model_copy(update=change)
-
-    def architectures(self, rows: Rows) -> dict[str, Model]:
-        """Unfitted models by site, that of all other sites as "". Raises PlanError where one does not fit the schema,
-        the public rows, what is frozen, or the others."""
-        found = {site: self.of(site).unfitted(rows.schema) for site in ("", *self.models)}
-        for site, model in found.items():
-            model.examples(rows)
-            layers_of(model, self.freeze)
-            if model.task != found[""].task:
-                raise PlanError(
-                    "distil.other-task", "the sites' models do not all predict the same", field=f"params.models.{site}",
-                    remedy="choose models whose predictions can be averaged",
-                )  # fmt: skip
-        return found
 
 
 def width(model: Model, rows: Rows) -> int:
@@ -113,6 +90,5 @@ class Unwatched:
 def at_coordinator(params: DistillationParams, model: Model, rows: Rows, seed: int, number: int) -> Local:
     """The coordinator in round *number*: public rows are all that it has."""
     task = Task(TaskId("", number, 0, "", "coordinator"), {}, (seed, number, 2))
-    fixed = layers_of(model, params.freeze)
     site = cast(SiteView, Unwatched())
-    return Local(params, model, model.examples(rows), site, task, fixed if fixed.any() else None)
+    return Local(params, model, model.examples(rows), site, task, still(model, params.freeze))

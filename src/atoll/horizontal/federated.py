@@ -22,7 +22,7 @@ from pydantic import Field
 
 from atoll.compression.update import Compression
 from atoll.contract.disclosure import check_groups
-from atoll.contract.errors import PlanError
+from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count
 from atoll.contract.rounds import Field as Declared
@@ -30,7 +30,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches, within
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
-from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of
+from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of, still
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
@@ -126,7 +126,8 @@ class Federated:
             sent = {**self._told(model, state), **({"support": support} if p.compress.keep < 1 else {})}
             total = yield Round("train", Sum(), fields, sent, sites=asked)
             update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
-            some = update if cohort.exact and not self.gaps else replace(update, weight=max(update.weight, 1.0))
+            certain = cohort.exact and not self.gaps and asked is None  # that somebody has rows
+            some = update if certain else replace(update, weight=max(update.weight, 1.0))
             mean = {**some.mean(), "weight": np.array(update.weight)}
             last[support] = mean["weights"]
             for name in mean.keys() & {"weights", *self.told}:
@@ -218,9 +219,8 @@ class Federated:
     def _at(self, site: SiteView, task: Task) -> tuple[Local, State]:
         model = self.model(site.table.schema)
         sent = {name: task.take(name, (self.size(model),)) for name in self.told}
-        frozen = layers_of(model, self.params.freeze)
         examples = self._kept.examples(site.table)
-        return Local(self.params, model, examples, site, task, frozen if frozen.any() else None), sent
+        return Local(self.params, model, examples, site, task, still(model, self.params.freeze)), sent
 
     @handler("train", site=_per_site)
     def train(self, site: SiteView, task: Task) -> Reply:
@@ -244,8 +244,24 @@ class Federated:
     def personalise(self, site: SiteView, task: Task) -> Reply:
         """At the site: it keeps a model of its own; what leaves is that it did."""
         at, sent = self._at(site, task)
-        own = self.mine(at, sent) if len(at.examples) else sent["weights"][: len(at.model.weights)]
-        if not np.isfinite(own).all():
-            raise diverged()
+        self._once_more(site)
+        try:
+            own = self.mine(at, sent) if len(at.examples) else None
+        except ProtocolError as error:
+            if error.code != diverged().code:
+                raise
+            own = None
+        if own is None or not np.isfinite(own).all():  # what was sent is better than no model
+            own = sent["weights"][: len(at.model.weights)]
         site.personal["weights"] = np.asarray(own, np.float64)
         return {"sites": 1}
+
+    def _once_more(self, site: SiteView) -> None:
+        """Raise PolicyError if the site made its model as often as the plan says: what it scores would tell of it."""
+        asked, p = int(site.state.get("personalised", 0)), self.params
+        if asked > ((p.rounds - 1) // p.evaluate_every if p.evaluate_every else 0):
+            raise PolicyError(
+                "policy.not-in-plan", "the plan does not lead to another personalised model", field="personalise",
+                remedy="the coordinator does not keep the plan: do not go on with it",
+            )  # fmt: skip
+        site.state["personalised"] = np.array(asked + 1)

@@ -17,22 +17,23 @@ latest. Cost: one round trip of 8 bytes for each score, whatever the models' siz
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from pydantic import Field
 
 from atoll.compression.update import FINE
 from atoll.contract.disclosure import check_groups
+from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms
 from atoll.contract.updates import Update
-from atoll.contract.wire import Array
+from atoll.contract.wire import Array, Json
 from atoll.horizontal.distillation import FAR, DistillationParams, at_coordinator, distilled, scores, taught, width
 from atoll.horizontal.federated import OFFERS
-from atoll.horizontal.local import Local, layers_of
+from atoll.horizontal.local import Local, layers_of, still
 from atoll.horizontal.rows import Rows
 from atoll.models.linear import named
 from atoll.models.model import Model, kept
@@ -40,12 +41,33 @@ from atoll.statistics.evaluation import scored
 
 
 class FedMdParams(DistillationParams):
-    """weighting: of a site's scores in the consensus. evaluate_every: score on held-out rows after so many rounds."""
+    """models: of sites with another architecture than *model*, by the site's name: {kind: …} and its settings.
+    weighting: of a site's scores in the consensus. evaluate_every: score on held-out rows after so many rounds."""
 
+    models: dict[str, dict[str, Json]] = Field(default_factory=dict)
     rounds: int = Field(default=20, ge=1)
     weighting: Literal["rows", "sites"] = "sites"
     evaluate_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
+
+    def of(self, site: str) -> Self:
+        """The parameters as they are for one site."""
+        change = {"model": self.models[site], "family": None, "features": ()} if site in self.models else {}
+        return self.model_copy(update=change)
+
+    def architectures(self, rows: Rows) -> dict[str, Model]:
+        """Unfitted models by site, that of all other sites as "". Raises PlanError where one does not fit the schema,
+        the public rows, what is frozen, or the others."""
+        found = {site: self.of(site).unfitted(rows.schema) for site in ("", *self.models)}
+        for site, model in found.items():
+            model.examples(rows)
+            layers_of(model, self.freeze)
+            if model.task != found[""].task:
+                raise PlanError(
+                    "distil.other-task", "the sites' models do not all predict the same", field=f"params.models.{site}",
+                    remedy="choose models whose predictions can be averaged",
+                )  # fmt: skip
+        return found
 
 
 @program("horizontal.fedmd", needs={"sum"}, offers=OFFERS)
@@ -106,8 +128,7 @@ class FedMd:
     def _at(self, site: SiteView, task: Task) -> Local:
         params = self.params.of(site.name)
         model = params.unfitted(site.table.schema)
-        fixed = layers_of(model, params.freeze)
-        return Local(params, model, model.examples(site.table), site, task, fixed if fixed.any() else None)
+        return Local(params, model, model.examples(site.table), site, task, still(model, params.freeze))
 
     @handler("train")
     def train(self, site: SiteView, task: Task) -> Reply:

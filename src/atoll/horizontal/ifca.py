@@ -6,9 +6,11 @@ which they are; each cluster averages its own sites' changes.
 
 Parties: sites and coordinator. Messages: "weights", one cluster's after the other's; a site answers with its change in
 its cluster's place, zeros elsewhere, and a one in its cluster's place of "members". What the coordinator learns: the
-clusters' weighted sums and how much weight is in each; who is in which only under ``plain``. Sites learn all clusters'
-weights. Dropout: as in FedAvg. Cost: as many times FedAvg's bytes as there are clusters, and one round more. Where the
-clusters begin decides much: try several seeds.
+clusters' weighted sums and how much weight is in each; who is in which only under ``plain``. A cluster of one site
+shows that site's mean change and rows, whatever hides its share of a sum; and a coordinator that breaks the protocol
+can send clusters that part all sites. So a policy that holds to ``min_sites`` should not list this program. Sites learn
+all clusters' weights. Dropout: as in FedAvg. Cost: as many times FedAvg's bytes as there are clusters, and one round
+more. Where the clusters begin decides much: try several seeds.
 """
 
 from __future__ import annotations
@@ -113,5 +115,8 @@ class Ifca(FedAvg):
 def nearest(at: Local, clusters: NDArray[np.float64]) -> int:
     """The place of the weights, of [clusters, num_weights], with the least loss on all the site's rows."""
     pieces = [at.examples.take(slice(i, i + PIECE)) for i in range(0, len(at.examples), PIECE)]
-    losses = [sum(len(piece) * at.model.loss_and_gradient(w, piece)[0] for piece in pieces) for w in clusters]
+    losses = []
+    for number, weights in enumerate(clusters):
+        at.site.progress(number, len(clusters))
+        losses.append(sum(len(piece) * at.model.loss_and_gradient(weights, piece)[0] for piece in pieces))
     return int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))

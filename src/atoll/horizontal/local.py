@@ -58,6 +58,12 @@ def layers_of(model: Model, names: tuple[str, ...]) -> Mask:
     return found
 
 
+def still(model: Model, names: tuple[str, ...]) -> Mask | None:
+    """As :func:`layers_of`; None where it is none of the weights."""
+    found = layers_of(model, names)
+    return found if found.any() else None
+
+
 class Kept:
     """The model and the examples last asked for: a program's rounds ask for the same ones."""
 
@@ -65,6 +71,13 @@ class Kept:
         self._params = params
         self._model: tuple[TableSchema, Model] | None = None
         self._examples: tuple[TableView, Examples] | None = None
+
+    @property
+    def schema(self) -> TableSchema:
+        """That of the model last asked for."""
+        if self._model is None:
+            raise PlanError("model.shape", "no model was made yet", field="model")
+        return self._model[0]
 
     def model(self, schema: TableSchema) -> Model:
         """Unfitted; raises PlanError."""

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.errors import PlanError
+from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, SiteView, TableView, program
 from atoll.contract.rounds import Task
 from atoll.contract.schema import TableSchema
@@ -156,7 +156,13 @@ class Online(FedAvg):
         """The rows of the period that is asked for; none, where they are too few."""
         start, every = self.params.clock(site.table.schema)
         number = (ticks(site.table[self.params.time]) - start) / every
-        rows = np.flatnonzero(np.floor(number) == float(task.take("period", ())))
+        period = float(task.take("period", ()))
+        if period <= float(site.state.get("period", -1.0)):
+            raise ProtocolError(
+                "online.period-again", "a period is asked for that is over", field="period",
+                remedy="the coordinator does not keep the protocol: do not go on with it",
+            )  # fmt: skip
+        rows = np.flatnonzero(np.floor(number) == period)
         return rows if len(rows) >= site.min_group_size else rows[:0]
 
     def local(self, at: Local, sent: State) -> Mapping[str, Any]:
@@ -166,6 +172,7 @@ class Online(FedAvg):
         mean, square, detector = float(found.mean()), float((found**2).mean()), self.params.detects()
         state = at.site.state.get("drift", detector.start())
         at.site.state["drift"], warned = detector.update(state, len(found), mean, square)
+        at.site.state["period"] = at.task.take("period", ())
         told = {"errors": mean, "squares": square, "drifting": warned / len(found)}  # weighted by rows, a sum of sites
         return {**super().local(at, sent), **told}
 

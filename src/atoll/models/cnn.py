@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from atoll.contract.errors import PlanError
 from atoll.models.images import ImageNetwork, ImageSpec, image_shape, normalised
-from atoll.models.model import model
+from atoll.models.model import Units, model
 
 
 class CnnSpec(ImageSpec):
@@ -24,7 +24,7 @@ class CnnSpec(ImageSpec):
     :class:`atoll.models.images.ImageSpec`."""
 
     kind: Literal["cnn"] = "cnn"
-    channels: tuple[int, ...] = Field(default=(8, 16), min_length=1, max_length=8)
+    channels: tuple[Units, ...] = Field(default=(8, 16), min_length=1, max_length=8)
     hidden: int = Field(default=32, ge=1, le=4096)
 
 

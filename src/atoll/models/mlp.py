@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from atoll.contract.program import TableView
 from atoll.contract.wire import Array
@@ -33,7 +32,7 @@ class MlpSpec(port.Settings):
     kind: Literal["mlp"] = "mlp"
     features: tuple[str, ...] = ()
     image: str | None = None
-    hidden: tuple[int, ...] = Field(default=(32,), min_length=1, max_length=8)
+    hidden: tuple[port.Units, ...] = Field(default=(32,), min_length=1, max_length=8)
     norm: Literal["none", "batch", "group"] = "none"
 
     @model_validator(mode="after")
@@ -43,17 +42,7 @@ class MlpSpec(port.Settings):
         return self
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """That takes a batch of one row, which has no spread, by the running mean and variance."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
-        if len(x) > 1:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-NORMS: dict[str, type[nn.Module]] = {"batch": BatchNorm, "group": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "group": nn.LayerNorm}
 
 
 @model

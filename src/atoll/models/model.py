@@ -16,9 +16,10 @@ import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
+from annotated_types import Ge, Le, MinLen
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -32,7 +33,9 @@ from atoll.models.installed import Base
 Floats = NDArray[np.float64]
 Family = Literal["linear", "logistic", "poisson"]
 ModelTask = Literal["binary", "classes", "regression", "count"]
-Target = str | tuple[str, ...]
+Units = Annotated[int, Ge(1), Le(4096)]
+"""How wide a layer may be: a plan is read before anybody approved it."""
+Target = str | Annotated[tuple[str, ...], MinLen(1)]
 
 
 class Settings(BaseModel):
@@ -161,7 +164,7 @@ class Goal:
 
     @staticmethod
     def of(schema: TableSchema, targets: tuple[str, ...]) -> Goal:
-        """By the schema: 0 to 1 is binary, another code list is of classes, a range is of values. Raises
+        """By the schema: 0 or 1 is binary, another code list is of classes, a range is of values. Raises
         PlanError for columns that are absent or no targets."""
         columns = [schema.columns.get(name) for name in targets]
         for name, column in zip(targets, columns, strict=True):
@@ -176,7 +179,7 @@ class Goal:
         bounds = np.array([column.bounds() for column in columns if column is not None and column.numeric])
         if len(bounds) < len(targets):
             raise PlanError("plan.bad-target", "several targets must all be numbers", field="target")
-        if bounds.tolist() == [[0, 1]]:
+        if bounds.tolist() == [[0, 1]] and first is not None and (first.values or first.dtype == "integer"):
             return Goal("binary", 1, np.zeros(1), np.ones(1))
         low, high = bounds.T
         return Goal("regression", len(targets), (low + high) / 2, np.where(high > low, (high - low) / 2, 0.5))

@@ -9,7 +9,6 @@ A layer that draws (dropout) draws from the process's generator, so that its run
 
 from __future__ import annotations
 
-import threading
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -25,10 +24,7 @@ from atoll.models.allowed import imported
 from atoll.models.images import image_shape, images, pixels
 from atoll.models.linear import Scale, scaled_features
 from atoll.models.model import Floats, model
-from atoll.models.network import Network, memory, raw_features, rescaled
-
-_DRAWING = threading.Lock()
-"""PyTorch's generator is the whole process's."""
+from atoll.models.network import DRAWING, Network, memory, raw_features, rescaled
 
 
 class ModuleSpec(port.Settings):
@@ -71,7 +67,7 @@ class Module(Network):
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise self._refused("it is not a class of torch.nn.Module")
         try:
-            with _DRAWING, torch.random.fork_rng(devices=[]), memory(), torch.no_grad():
+            with DRAWING, torch.random.fork_rng(devices=[]), memory(), torch.no_grad():
                 torch.manual_seed(seed)
                 made = kind(**s.arguments).eval()
                 shape = tuple(made(*rows).shape)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -27,6 +28,8 @@ AT_ONCE = 1 << 17
 """Input values in one piece of a batch whose gradients are clipped: activations stay near the cache."""
 FORMED = 1 << 24
 """Values of whole gradients, one an example, that ``torch.func`` forms at once."""
+DRAWING = threading.RLock()
+"""PyTorch's generator, from which layers draw as they are made, is the whole process's."""
 NORMALISATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -55,7 +58,8 @@ class Network:
     def __init__(self, settings: Settings, schema: TableSchema, weights: Floats | None = None) -> None:
         self.settings, self.schema, self.goal = settings, schema, Goal.of(schema, settings.targets)
         self.device = device()
-        self.net: Any = self.built().to(self.device)  # Joined, unless a kind builds it otherwise
+        with DRAWING, memory():
+            self.net: Any = self.built().to(self.device)  # Joined, unless a kind builds it otherwise
         self._freeze()
         learned = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         followed = {n: b for n, b in self.net.named_buffers() if n.endswith(("running_mean", "running_var"))}
@@ -244,13 +248,11 @@ class Network:
         total, clipped, loss = np.zeros(len(self.weights)), 0, 0.0
         self.load(weights)
         self.net.eval()  # nothing is left to chance: noise hides a row, and not what dropout hides of it
-        most = None if self._known else max(1, FORMED // len(self.weights))
-        for rows in pieces(batch.inputs, most):
-            with memory():
-                found = self._clipped(batch.take(rows), clip_norm_l2)
-            total += found[0]
-            clipped += found[1]
-            loss += found[2]
+        with memory():
+            for found in self._clipped(batch, clip_norm_l2):
+                total += found[0]
+                clipped += found[1]
+                loss += found[2]
         return total, clipped, loss
 
     # -- within
@@ -316,11 +318,18 @@ class Network:
         """Whether rows' gradients can be clipped layer by layer."""
         return clipping.known(self.net, [p for p, _ in self._learned])
 
-    def _clipped(self, batch: Examples, clip: float) -> clipping.Clipped:
+    def _clipped(self, batch: Examples, clip: float) -> Iterator[clipping.Clipped]:
         learned = [p for p, _ in self._learned]
-        found = clipping.by_layers(self.net, learned, lambda: self.losses(batch), clip) if self._known else None
-        if found is not None:
-            return found
+        for rows in pieces(batch.inputs):
+            part = batch.take(rows)
+            found = clipping.by_layers(self.net, learned, partial(self.losses, part), clip) if self._known else None
+            if found is not None:
+                yield found
+                continue
+            for few in pieces(part.inputs, max(1, FORMED // len(self.weights))):
+                yield self._clipped_whole(part.take(few), clip)
+
+    def _clipped_whole(self, batch: Examples, clip: float) -> clipping.Clipped:
         weights = {name: p.detach() for name, p in self.net.named_parameters() if name in self.layers}
 
         def loss_of(weights: dict[str, Tensor], y: Tensor, *x: Tensor) -> Tensor:

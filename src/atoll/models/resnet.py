@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atoll.models.images import ImageNetwork, ImageSpec, Norm, image_shape, normalised
-from atoll.models.model import model
+from atoll.models.model import Units, model
 
 
 class ResNetSpec(ImageSpec):
@@ -27,7 +27,7 @@ class ResNetSpec(ImageSpec):
     :class:`atoll.models.images.ImageSpec`."""
 
     kind: Literal["resnet"] = "resnet"
-    widths: tuple[int, ...] = Field(default=(16, 32, 64), min_length=1, max_length=5)
+    widths: tuple[Units, ...] = Field(default=(16, 32, 64), min_length=1, max_length=5)
     blocks: int = Field(default=1, ge=1, le=16)
     norm: Norm = "group"
 

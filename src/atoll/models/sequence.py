@@ -2,8 +2,8 @@
 
 A row holds its own window: each series' values from the oldest to the newest, one column a step, as the step ``lag``
 makes them. The network sees [num_rows, steps, channels]: every series relative to its newest value, those values, and
-the features, which stay the same all through the window; all in units of half of the schema's ranges. So a forecast
-depends on how a series moved, and not on a level that some sites never see.
+the features, which stay the same all through the window; all in units of half of the schema's ranges, the relative ones
+in tenths of them. So the movement of a series is seen apart from its level.
 
 With ``anchor`` the newest value of a series is also given to the head, whose weights begin as the copy of it: before
 any learning the forecast is that value (persistence), and what is learned is the difference from it.
@@ -32,7 +32,7 @@ from atoll.models.model import Floats
 from atoll.models.network import Network
 
 STEEP = 10.0
-"""Times this a value's distance from the newest is seen: within a window it is mostly a small part of the range."""
+"""Times this a value's distance from the newest is seen: within a window it is a small part of the range."""
 Rows = Annotated[int, Field(ge=1, le=100_000)]
 
 
@@ -41,6 +41,7 @@ class SeriesSpec(port.Settings):
     step ``lag`` names them (3: x_lag2, x_lag1, x). features: of the row itself. anchor: the series from whose newest
     value a forecast starts. gaps: "forbid" missing values in a window, or "mark" them: the value before is carried on,
     and a channel tells where it was (a series that is missing all through a window stands at the middle of its range).
+    loss: of values, half the "squared" error, or the "absolute" one, whose forecasts are medians and not means.
     """
 
     series: dict[str, Rows | tuple[str, ...]] = Field(min_length=1)

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atoll.models.model import model
+from atoll.models.model import Units, model
 from atoll.models.sequence import Sequence, SeriesSpec
 
 
@@ -25,7 +25,7 @@ class TcnSpec(SeriesSpec):
     """channels: of each block. kernel: steps that a convolution looks at."""
 
     kind: Literal["tcn"] = "tcn"
-    channels: tuple[int, ...] = Field(default=(16, 16), min_length=1, max_length=12)
+    channels: tuple[Units, ...] = Field(default=(16, 16), min_length=1, max_length=12)
     kernel: int = Field(default=3, ge=2, le=64)
 
 

@@ -18,7 +18,7 @@ from atoll.contract.errors import AtollError, ProtocolError, TransportError, ref
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.protection import Exchange, Replies, find
-from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Sum, Summed
+from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Steps, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.courier import Courier, Flights, all_of, announce, described, session_of, unbroken
@@ -121,10 +121,9 @@ class _Run:
         value: Reduced | None = None
         number = 0
         while True:
-            try:
-                item = steps.send(value)
-            except StopIteration as stop:
-                return dict(stop.value)
+            ended, item = await asyncio.to_thread(_resumed, steps, value)  # a program may compute for long
+            if ended:
+                return dict(item)
             value = None
             if isinstance(item, Metrics):
                 store.add_metrics(self.run, item.step, item.values)
@@ -353,6 +352,14 @@ def _is_dropout(error: AtollError) -> bool:
     """A site that cannot be reached, or cannot do its work: others may go on without it."""
     ours = error.code.startswith("spool.")  # it is the coordinator that has no room
     return (isinstance(error, TransportError) and not ours) or error.code in ("site.out-of-memory", "site.diverged")
+
+
+def _resumed(steps: Steps, value: Reduced | None) -> tuple[bool, Any]:
+    """Send a program a reduction: (False, what it yields), or (True, its result)."""
+    try:
+        return False, steps.send(value)
+    except StopIteration as stop:
+        return True, stop.value
 
 
 def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:

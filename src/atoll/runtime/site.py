@@ -18,7 +18,7 @@ import numpy as np
 
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError
 from atoll.contract.plan import Plan
-from atoll.contract.program import handler_of
+from atoll.contract.program import build, handler_of
 from atoll.contract.protection import REPLY, find, parted
 from atoll.contract.rounds import Field, Task, TaskId
 from atoll.contract.wire import Array, Json, Message
@@ -35,7 +35,6 @@ from atoll.runtime.opened import Opened
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
-from atoll.runtime.study import check_plan
 
 log = logging.getLogger("atoll.site")
 
@@ -108,7 +107,7 @@ class Site:
             self._journal.open_run(run, "pending", announced)
         elif known[1] != announced:
             raise ProtocolError("run.changed", "the run was announced before with another plan or roster")
-        self._policy.check_plan(plan, len(roster), check_plan(plan).version)
+        self._policy.check_plan(plan, len(roster), build(plan.program, plan.params).version)
         if roster.get(self.name) != self._journal.chain.public.hex():
             raise IntegrityError(
                 "roster.not-me", "the roster holds another key under this site's name", field="roster",

@@ -4,8 +4,9 @@ Parties: sites and coordinator. Messages: the model goes out; round "scores" (of
 true and predicted class) or "errors" (of values and counts) is one Sum, round "own" (asked only where the plan's sites
 may share it) gathers each site's own metrics. The coordinator learns the cohort's score histograms and loss sums (each
 site's under ``plain``); a site whose policy does not share "metrics" is simply absent from "own", and how many rows it
-held out is told only where it shares "rows". Of a personalised run the same is asked again, each site scoring the model
-that it has for itself, which does not leave it. Dropout: the survivors' metrics. Cost: 2 rounds, 16 KiB a site.
+held out is told only where it shares "rows". Of a personalised run each site scores the model that it has for itself,
+in round "personal" (or "errors"): a few sums, since a histogram of its scores would tell that model. Dropout: the
+survivors' metrics. Cost: 2 rounds, 16 KiB a site.
 
 Log loss, accuracy, F1 and squared errors are exact sums; masked ones to 2⁻⁵⁴ of the declared bound for each site (with
 max_rows of 10⁷: log loss to 3·10⁻⁸; squared errors, in units of half the target's range, to 5·10⁻⁷). AUC and
@@ -85,7 +86,7 @@ class Evaluation:
         send = dict(start or {})
         found = yield from self._asked(cohort, send)
         if self.params.personal:
-            found["personal"] = yield from self._asked(cohort, {**send, **PERSONAL})
+            found["personal"] = yield from self._personal(cohort, {**send, **PERSONAL})
         return found
 
     def _asked(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
@@ -100,13 +101,38 @@ class Evaluation:
             cells = count((2, NOISY_BINS), bound=cohort.schema.max_rows)
             total = yield Round("cells", Sum(), {"cells": cells}, send)
             pooled, curves = self._binary(from_cells(total["cells"]))
+        return {"pooled": pooled, "own": (yield from self._own(cohort, model, send, pooled)), "curves": curves}
+
+    def _own(self, cohort: Cohort, model: Model, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
+        """Each site's own metrics, of those that are in *pooled*."""
         own: dict[str, dict[str, float]] = {}
         if self.params.own and cohort.exact:
             gathered = yield Round("own", Gather(), {n: real() for n in _own(model)}, send, optional=True)
             for site in gathered:
                 values = {n: float(v) for n, v in gathered[site].items()}
                 own[site] = {n: v for n, v in values.items() if n in pooled or (n == "rows" and not math.isnan(v))}
-        return {"pooled": pooled, "own": own, "curves": curves}
+        return own
+
+    def _personal(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
+        """The same of models that sites have for themselves, by a few sums: their score histograms would tell them."""
+        rows, model = cohort.schema.max_rows, self._model(cohort.schema)
+        if model.task not in ("binary", "classes"):
+            pooled = yield from self._errors(cohort, model, send)
+        else:
+            loss = real(bound=rows * LOSS_CAP, step=fine(rows * LOSS_CAP))
+            fields = {
+                "rows": count(bound=rows), "right": count(bound=rows), "log_loss": loss,
+                "ranked": real(bound=rows, step=fine(rows)), "ranked_rows": count(bound=rows),
+            }  # fmt: skip
+            total = yield Round("personal", Sum(), fields, send)
+            told = {name: max(float(total[name]), 0.0) for name in fields}
+            pooled = {
+                name: told[part] / told[of] if told[of] else math.nan
+                for name, part, of in (
+                    ("accuracy", "right", "rows"), ("log_loss", "log_loss", "rows"), ("auc", "ranked", "ranked_rows"),
+                )
+            }  # fmt: skip
+        return {"pooled": pooled, "own": (yield from self._own(cohort, model, send, pooled)), "curves": {}}
 
     def _scores(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
         rows, bins = cohort.schema.max_rows, self.params.bins
@@ -174,11 +200,14 @@ class Evaluation:
         }
         return metrics, {"calibration": calibration, "roc": roc}
 
-    def _scored(self, site: SiteView, task: Task) -> tuple[Floats, Floats]:
+    def _scored(self, site: SiteView, task: Task, *, personal: bool = False) -> tuple[Floats, Floats]:
+        """(labels, predictions) of held-out rows. personal: may they be of the site's own model?"""
         model = self._model(site.holdout.schema)
         weights = task.take("weights", model.weights.shape)
         model = model.with_weights(weights)
         if "personal" in task.arrays:
+            if not (personal and self.params.personal):
+                raise ProtocolError("task.array", "the plan does not score personal models", field="personal")
             model = restored(site.personal, site.holdout.schema, model)
         p = model.predict(site.holdout)
         if model.task == "classes":
@@ -240,10 +269,25 @@ class Evaluation:
         check_groups({"rows": np.array(len(y))}, frozenset({"rows"}), site.min_group_size)
         return {"confusion": confused(y, p), "log_loss": class_losses(y, p).sum()}
 
+    @handler("personal")
+    def of_personal(self, site: SiteView, task: Task) -> Reply:
+        """At the site: of its own model, over held-out rows: how many, how many are right, summed loss, rows · AUC."""
+        y, p = self._scored(site, task, personal=True)
+        check_groups({"rows": np.array(len(y))}, frozenset({"rows"}), site.min_group_size)
+        if p.ndim == 1:
+            auc, right, losses = binary_metrics(y, p)["auc"], (p >= 0.5) == (y == 1), log_loss(y, p)
+        else:
+            auc, right, losses = math.nan, p.argmax(1) == y, class_losses(y, p)
+        ranked = 0 if math.isnan(auc) else len(y)
+        return {
+            "rows": len(y), "right": int(right.sum()), "log_loss": losses.sum(),
+            "ranked": auc * ranked if ranked else 0.0, "ranked_rows": ranked,
+        }  # fmt: skip
+
     @handler("errors", groups=("rows",), record=_per_error)
     def errors(self, site: SiteView, task: Task) -> Reply:
         """At the site: sums of errors and of the target, and of their squares, over held-out rows."""
-        y, p = self._scored(site, task)
+        y, p = self._scored(site, task, personal=True)
         far, model = _far(float(task.take("far", ()))), self._model(site.holdout.schema)
         return {"rows": len(y), **_error_sums(site.holdout.schema, model.targets, y, p, far)}
 
@@ -252,7 +296,7 @@ class Evaluation:
         """At the site: its own exact metrics; withheld unless its policy shares "metrics"."""
         if not site.shares("metrics"):
             raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
-        y, p = self._scored(site, task)
+        y, p = self._scored(site, task, personal=True)
         model = self._model(site.holdout.schema)
         if model.task == "binary":
             found = binary_metrics(y, p)
@@ -261,6 +305,8 @@ class Evaluation:
         else:
             schema = site.holdout.schema
             found = _by_target(schema, model, len(y), _error_sums(schema, model.targets, y, p, FAR))
+        if "personal" in task.arrays:  # with all their digits they would tell of a model that nobody else has
+            found = {name: float(f"{value:.3g}") for name, value in found.items()}
         if site.shares("rows"):
             found["rows"] = float(len(y))
         return {name: found.get(name, math.nan) for name in _own(model)}
