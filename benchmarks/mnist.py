@@ -58,7 +58,10 @@ SLOW, MIDDLE, FAST = ({"learning_rate": rate} for rate in (0.1, 0.2, 0.5))
 GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "fedavg": (FAST, MIDDLE),
     "fedprox": ({**FAST, "proximal": 0.01}, {**FAST, "proximal": 0.1}),
-    "scaffold": (MIDDLE, {**MIDDLE, "weighting": "rows"}, {**FAST, "weighting": "rows"}),
+    "scaffold": tuple(
+        {"learning_rate": rate, "weighting": "rows", "server_learning_rate": server}
+        for rate, server in ((0.2, 1.0), (0.3, 1.0), (0.2, 2.0))
+    ),
     "fednova": (FAST, MIDDLE),
     "feddyn": ({**FAST, "alpha": 0.1}, {**FAST, "alpha": 0.03}, {**MIDDLE, "alpha": 0.1}),
     "moon": ({**FAST, "contrast": 0.1}, {**FAST, "contrast": 1.0}),

@@ -50,16 +50,19 @@ def train(drive: Any, tables: dict[str, Table], params: dict[str, Any], start: A
     return drive(build("horizontal.fedavg", params).coordinate(Cohort(tuple(tables), schema), start), tables, **options)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_full_batch_epoch_is_centralised_gradient_descent(federation: Any, drive: Any, family: str) -> None:
-    """Written a second time: w ← w − η · mean over all rows of (prediction − y) · x."""
+def test_one_full_batch_epoch_is_centralised_gradient_descent(
+    federation: Any, drive: Any, family: str, decay: float
+) -> None:
+    """Written a second time: w ← w − η / (1 + decay · t) · mean over all rows of (prediction − y) · x."""
     tables, rate, rounds = sites(federation, family), 0.05, 30
-    params = params_of(family, rounds=rounds, local_epochs=1, batch_size=1000, learning_rate=rate)
+    params = params_of(family, rounds=rounds, local_epochs=1, batch_size=1000, learning_rate=rate, decay=decay)
     driven = train(drive, tables, params)
     pooled = concatenate(list(tables.values()))
     x = np.column_stack([np.ones(len(pooled)), pooled["u"] / 4, (pooled["v"] - 5) / 5])
     y, w, losses = pooled["y"], np.zeros(3), []
-    for _ in range(rounds):
+    for number in range(rounds):
         eta = x @ w
         mean = {"linear": eta, "logistic": 1 / (1 + np.exp(-eta)), "poisson": np.exp(eta)}[family]
         loss = {
@@ -68,7 +71,7 @@ def test_one_full_batch_epoch_is_centralised_gradient_descent(federation: Any, d
             "poisson": np.exp(eta) - y * eta,
         }[family]
         losses.append(loss.mean())
-        w = w - rate * x.T @ (mean - y) / len(y)
+        w = w - rate / (1 + decay * number) * x.T @ (mean - y) / len(y)
     assert np.allclose(driven.result["model"].weights, w, rtol=0, atol=1e-12)
     assert np.allclose(driven.result["history"], losses, rtol=1e-12)
     assert [m.values["loss"] for m in driven.metrics] == driven.result["history"]

@@ -44,17 +44,17 @@ class Apfl(FedAvg):
 
     def local(self, at: Local, sent: State) -> Mapping[str, Any]:
         """A round of SGD on w, and at each of its steps one on v."""
-        p, model = self.params, at.model
+        p, model, rate = self.params, at.model, at.params.learning_rate
         own, share = self._own(at, sent)
         first = p.adaptive
 
         def slope(weights: Weights, batch: Examples, gradient: Weights) -> Weights:
             nonlocal own, share, first
             mixed = model.loss_and_gradient(_mixed(own, weights, share), batch)[1]
-            apart, own = own - weights, stepped(at, own, mixed, p.learning_rate * share)
+            apart, own = own - weights, stepped(at, own, mixed, rate * share)
             if first:
                 apart[model.running] = 0
-                share, first = float(np.clip(share - p.learning_rate * (apart @ mixed), 0, 1)), False
+                share, first = float(np.clip(share - rate * (apart @ mixed), 0, 1)), False
             return gradient
 
         done = at.sgd(sent["weights"], slope)

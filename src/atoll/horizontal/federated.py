@@ -40,11 +40,13 @@ OFFERS = {"bounded", "resolution", "bounded-weight"}
 
 
 class FederatedParams(LocalParams):
-    """sites_per_round: how many are drawn for each round (default: all). weighting: by "rows", or every site alike.
+    """decay: the learning rate of round t is learning_rate / (1 + decay · t). sites_per_round: how many are drawn for
+    each round (default: all). weighting: by "rows", or every site alike.
     clip: a site's change of any one weight per round is clipped to it (this is the bound); clip_norm_l2: and the
     change as a whole to this norm. evaluate_every: score on held-out rows after so many rounds."""
 
     rounds: int = Field(default=20, ge=1)
+    decay: float = Field(default=0.0, ge=0)
     sites_per_round: int | None = Field(default=None, ge=1)
     weighting: Literal["rows", "sites"] = "rows"
     clip: float = Field(default=10.0, gt=0)
@@ -124,6 +126,7 @@ class Federated:
         for number in range(len(history), p.rounds):
             support, asked = p.compress.support(last, cohort.seed, number), self._drawn(cohort, number)
             sent = {**self._told(model, state), **({"support": support} if p.compress.keep < 1 else {})}
+            sent |= {"decay": np.array(1 / (1 + p.decay * number))} if p.decay else {}
             total = yield Round("train", Sum(), fields, sent, sites=asked)
             update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
             certain = cohort.exact and not self.gaps and asked is None  # that somebody has rows
@@ -162,7 +165,8 @@ class Federated:
 
     def _finish(self, model: Model, state: State) -> Steps:
         if self.personal:
-            yield Round("personalise", Sum(), {"sites": count(bound=1)}, self._told(model, state))
+            end = {"decay": np.array(1 / (1 + self.params.decay * self.params.rounds))} if self.params.decay else {}
+            yield Round("personalise", Sum(), {"sites": count(bound=1)}, {**self._told(model, state), **end})
 
     def _told(self, model: Model, state: State) -> State:
         return {name: state[name].astype(model.dtype) for name in self.told}
@@ -219,8 +223,11 @@ class Federated:
     def _at(self, site: SiteView, task: Task) -> tuple[Local, State]:
         model = self.model(site.table.schema)
         sent = {name: task.take(name, (self.size(model),)) for name in self.told}
-        examples = self._kept.examples(site.table)
-        return Local(self.params, model, examples, site, task, still(model, self.params.freeze)), sent
+        examples, params = self._kept.examples(site.table), self.params
+        if params.decay:
+            rate = params.learning_rate * float(np.clip(task.take("decay", ()), 0, 1))
+            params = params.model_copy(update={"learning_rate": max(rate, np.finfo(float).tiny)})
+        return Local(params, model, examples, site, task, still(model, self.params.freeze)), sent
 
     @handler("train", site=_per_site)
     def train(self, site: SiteView, task: Task) -> Reply:

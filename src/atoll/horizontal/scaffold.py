@@ -58,7 +58,7 @@ class Scaffold(Federated):
         own = at.site.state.get("control", np.zeros_like(control))
         towards = (control - own).astype(at.model.dtype)
         done = at.sgd(start, lambda _, __, gradient: gradient + towards)
-        change = (start - done.weights) / (p.learning_rate * effort(done.steps, p.momentum)) - control
+        change = (start - done.weights) / (at.params.learning_rate * effort(done.steps, p.momentum)) - control
         change[at.model.running] = 0
         change = np.clip(change, -p.control_clip, p.control_clip)
         at.site.state["control"] = own + change
