@@ -177,17 +177,23 @@ def run(
     _tell_result(result, out)
 
 
+SHOWN = ("auc", "accuracy", "balanced_accuracy", "log_loss", "f1", "macro_f1", "rmse", "mae", "r2")
+"""Metrics in the terminal; result.json has all."""
+
+
 def _tell_result(result: Mapping[str, Any], out: Path) -> None:
     show.out.print(f"[bold]{result['study']}[/]: {result['program']} under {result['protection']}, "
                    f"{len(result['sites'])} sites, {result['rounds']} rounds, {result['seconds']:.2f} s")  # fmt: skip
     metrics = result["metrics"]
     if metrics["federated"]:
-        names = [n for n in ("auc", "accuracy", "log_loss", "f1", "rmse", "mae", "r2") if n in metrics["federated"]]
+        told = metrics["federated"]
+        names = [name for name in SHOWN if name in told] + [name for name in told if name.startswith("mae ")]
+        own = ("personal",) if "personal" in metrics else ()
         lines: list[list[object]] = [
-            ["all sites", which, *_cells(metrics.get(which, {}), names)] for which in ("federated", "pooled")
+            ["all sites", which, *_cells(metrics.get(which, {}), names)] for which in ("federated", *own, "pooled")
         ]
         for site, found in metrics["per_site"].items():
-            lines += [[site, which, *_cells(found.get(which, {}), names)] for which in ("federated", "local")]
+            lines += [[site, which, *_cells(found.get(which, {}), names)] for which in ("federated", *own, "local")]
         show.rows(("held-out rows of", "model", *names), lines)
     if table := (result.get("model") or {}).get("table"):
         names = [n for n in ("coefficient", "std_error", "z", "p_value") if n in table[0]]

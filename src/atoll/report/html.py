@@ -88,6 +88,7 @@ def _masthead(study: object, result: Input, details: Input) -> Html:
         ("sites", whole(len(sites)) if sites else NOTHING),
         ("rows in all", whole(_rows(result))),
         ("AUC", fixed(found.get("auc"))),
+        ("accuracy", fixed(found.get("accuracy")) if found.get("auc") is None else NOTHING),
         ("R²", fixed(found.get("r2"))),
         ("round" if result.get("rounds") == 1 else "rounds", whole(result.get("rounds"))),
         ("left the sites", size(part(result, "wire").get("from_sites_bytes"))),
@@ -148,6 +149,11 @@ def outcome(result: Input, details: Input) -> str:
         whose = "their" if own else "its"
         off = f"{whose} predictions are off by {significant(mae, 3)}{' ' + unit if unit else ''} on average"
         return f"{together}: on records kept aside for testing, {off}{_against(mae, pooled.get('mae'))}."
+    right = real(found.get("accuracy"))
+    if right is not None:
+        who = "they are" if own else "it is"
+        told = f"{who} right about {100 * right:.0f} of 100 (accuracy {right:.3f})"
+        return f"{together}: of records kept aside for testing, {told}{_against(right, pooled.get('accuracy'))}."
     if part(result, "model"):
         return f"{together}. It was not scored on records kept aside."
     who = f"{many} {'site' if sites == 1 else 'sites'}"

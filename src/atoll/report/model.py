@@ -28,6 +28,9 @@ METRICS = {
     "ks": Metric("KS", "largest gap between the scores of the two groups, from 0 to 1", "higher"),
     "accuracy": Metric("Accuracy", "share of records called rightly at a threshold of 50 %", "higher"),
     "f1": Metric("F1", "balance between positives found and false alarms at a threshold of 50 %", "higher"),
+    "balanced_accuracy": Metric("Balanced accuracy", "mean over classes of the share called rightly", "higher"),
+    "macro_f1": Metric("Macro F1", "mean over classes of the balance between those found and false alarms", "higher"),
+    "mean_auc": Metric("Mean AUC", "mean of the sites' own AUC, each by its records", "higher", 0.5),
     "log_loss": Metric("Log loss", "penalty for wrong probabilities, larger the surer they were", "lower"),
     "brier": Metric("Brier score", "mean squared error of the probabilities", "lower"),
     "mae": Metric("MAE", "mean absolute error: how far off predictions are on average", "lower"),
@@ -46,7 +49,9 @@ KINDS = {
 
 def target_unit(result: Input, details: Input) -> str:
     """The unit of what the model predicts; "" when it has none."""
-    return unit_of(details, part(result, "model", "spec").get("target"))
+    target = part(result, "model", "spec").get("target")
+    units = {unit_of(details, name) for name in (target if isinstance(target, list | tuple) else [target])}
+    return units.pop() if len(units) == 1 else ""
 
 
 def results(result: Input, details: Input) -> Section | None:
@@ -54,7 +59,8 @@ def results(result: Input, details: Input) -> Section | None:
     found, pooled = part(result, "metrics", "federated"), part(result, "metrics", "pooled")
     own = part(result, "metrics", "personal")
     kind, best = ("personal", own) if own else ("federated", found)
-    names = [n for n in (*METRICS, *sorted(set(found) - set(METRICS))) if n in found and n not in ("auc_error", "rows")]
+    told = {**own, **found}
+    names = [n for n in (*METRICS, *sorted(set(told) - set(METRICS))) if n in told and n not in ("auc_error", "rows")]
     if not names:
         return None
     unit = target_unit(result, details)
@@ -66,7 +72,7 @@ def results(result: Input, details: Input) -> Section | None:
         if unit and name in ("mae", "rmse"):
             shown.append(f", {unit}")
         theirs = [fixed(own.get(name))] if own else []
-        rows.append([shown, fixed(found[name]), *theirs, *([fixed(b), gap] if pooled else [])])
+        rows.append([shown, fixed(found.get(name)), *theirs, *([fixed(b), gap] if pooled else [])])
     said: list[Child] = ["Measured on records that every site kept aside: no model saw them in training."]
     if own:
         said.append(" “Personal” are the models that sites keep for themselves, each on the records of its own site.")

@@ -126,13 +126,11 @@ class Evaluation:
             }  # fmt: skip
             total = yield Round("personal", Sum(), fields, send)
             told = {name: max(float(total[name]), 0.0) for name in fields}
-            pooled = {
-                name: told[part] / told[of] if told[of] else math.nan
-                for name, part, of in (
-                    ("accuracy", "right", "rows"), ("log_loss", "log_loss", "rows"), ("auc", "ranked", "ranked_rows"),
-                )
-            }  # fmt: skip
-        return {"pooled": pooled, "own": (yield from self._own(cohort, model, send, pooled)), "curves": {}}
+            rates = {"accuracy": ("right", "rows"), "log_loss": ("log_loss", "rows")}
+            rates["mean_auc"] = ("ranked", "ranked_rows")
+            pooled = {name: told[a] / told[b] if told[b] else math.nan for name, (a, b) in rates.items()}
+        own = yield from self._own(cohort, model, send, {**pooled, "auc": math.nan})
+        return {"pooled": pooled, "own": own, "curves": {}}
 
     def _scores(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
         rows, bins = cohort.schema.max_rows, self.params.bins
