@@ -204,7 +204,7 @@ def test_results_are_mappings() -> None:
 
 
 @pytest.mark.parametrize(
-    "sent", [np.ones((1, 3)), np.ones((3, 1)), np.ones(2), np.ones(3, "<f4"), np.array([1, 2, np.nan])]
+    "sent", [np.ones((1, 3)), np.ones((3, 1)), np.ones(2), np.ones(3, "<i8"), np.array([1, 2, np.nan])]
 )
 def test_a_handler_takes_exactly_what_it_names(sent: Any) -> None:
     task = Task(TaskId("r", 0, 0, "reply", "s"), {"w": sent}, (0,))

@@ -383,7 +383,7 @@ def test_too_few_survivors_end_the_run(federation: Any) -> None:
         federation.run(plan, tables_of(federation))
     assert caught.value.code == "cohort.too-few-left"
     assert caught.value.where["round"] == 1
-    assert "bring the sites back" in federation.store.run(federation.run_id)["note"]
+    assert "more memory" in federation.store.run(federation.run_id)["note"]
 
 
 def test_a_slow_site_that_says_it_goes_on_is_waited_for(federation: Any) -> None:

@@ -87,7 +87,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("horizontal.apfl", _learner("logistic", "binary", rounds=2, evaluate_every=1), None),
     ("horizontal.finetune", _learner("poisson", "count", rounds=2, learning_rate=0.01, tune_layers=["head"]), None),
     ("horizontal.ifca", _learner("logistic", "binary", rounds=3, clusters=3, checkpoint_every=2), None),
-    ("horizontal.feddf", _learner("logistic", "binary", rounds=2, generated=20, models=OTHER), None),
+    ("horizontal.feddf", _learner("logistic", "binary", rounds=2, generated=20), None),
     ("horizontal.fedmd", {"target": "binary", "model": MLP, "rounds": 2, "generated": 20, "models": OTHER}, None),
     ("horizontal.cyclic", _learner("logistic", "binary", rounds=2, checkpoint_every=1), None),
     ("horizontal.online", _learner("logistic", "binary", rounds=4, time="b", start=0, every=200), None),

@@ -277,7 +277,7 @@ def test_what_declares_nothing_is_known() -> None:
         for asked, handler in cls.handlers.items()
         if handler.reduce == "sum" and handler.record is None
     }
-    assert quiet - {"statistics.evaluation/scores"} == REFUSED
+    assert quiet - {"statistics.evaluation/scores", "statistics.evaluation/personal"} == REFUSED
 
 
 def test_the_achieved_anonymity_is_not_declared(federation: Any) -> None:
