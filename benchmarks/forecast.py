@@ -1,11 +1,17 @@
 """Forecasts across sites: traffic speed at four districts, and PM2.5 at twelve stations, from ``examples``.
 
-Of each example the same network, batches and number of steps a site: ``local`` each site alone, ``fedavg`` all of
-them, ``finetune`` each site's own after FedAvg, ``fedper`` a head at each site, ``pooled`` all rows in one place, with
-as many steps as the sites take together. ``persistence`` says that all stays as it is. Errors are over all held-out
-rows, the latest fifth of the time. ``online`` goes through all four years week by week, each first foretold and then
-learned from. Of air quality, labels of the last training day are of the first held-out one (24 of 27,000 rows; likewise
-from one week to the next); of traffic there is an hour between. Sums are made without masks, which do not change them.
+Of each example the same network, batches, and number of steps a site: ``local`` each site alone, ``fedavg`` all of
+them, ``finetune`` an epoch of each site's own after FedAvg, ``fedper`` a head at each site, ``pooled`` all rows in one
+place, with as many steps as the sites take together. ``persistence`` says that all stays as it is. Errors are over all
+held-out rows, the latest fifth of the time. ``online`` goes through all four years week by week, each first foretold
+and then learned from. Of air quality, labels of the last training day are of the first held-out one (24 of 27,000 rows;
+likewise from one week to the next); of traffic there is an hour between. Sums are made without masks, which do not
+change them.
+
+Settings are chosen without held-out rows, on the latest fifth of the training time, for each method by itself:
+``--tune`` tries ``GRID`` in short runs of 15 rounds of 40 steps, of air quality at every third station. The best of
+fedavg, local and pooled turned out to be the same, and is in the plans. Those of ``online`` are by the second year's
+errors, after the first.
 Data: $ATOLL_DATA or ../shared/data.
 """
 
@@ -36,6 +42,8 @@ from benchmarks.learning import driven, driving
 from benchmarks.table import Row, main
 
 SEED = 7
+GRID = ((0.01, 4), (0.03, 4), (0.1, 4), (0.1, 1))
+"""Learning rate, and decay · rounds: how far it falls to the end."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 AIR = EXAMPLES / "air-quality"
 DATA = Path(os.environ.get("ATOLL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -61,19 +69,19 @@ def traffic(plan: Plan) -> Tables:
         return {name: Table(t.schema, {n: t[n] for n in t.columns}, t.held_out) for name, t in found.items()}
 
 
-def learned(study: str, plan: Plan, tables: Tables, methods: tuple[str, ...]) -> Iterator[tuple[str, Models]]:
-    """(method, each site's model), in the settings of the plan, or of ``OWN``."""
+def learned(plan: Plan, tables: Tables, methods: tuple[str, ...]) -> Iterator[tuple[str, Models]]:
+    """(method, each site's model)."""
     params = dict(plan.params)
     alone: dict[str, Model] = {}
     for name, table in tables.items():
-        alone |= driven("horizontal.fedavg", {**params, **OWN.get((study, "local"), {})}, {name: table}, SEED)[1]
+        alone |= driven("horizontal.fedavg", params, {name: table}, SEED)[1]
     yield "local", alone
     for method in methods:
         model, own = driven(f"horizontal.{method}", params, tables, SEED)
         if method == "finetune":  # what it tunes is FedAvg's
             yield "fedavg", dict.fromkeys(tables, model)
         yield method, own
-    everything = {**params, "local_steps": params["local_steps"] * len(tables), **OWN.get((study, "pooled"), {})}
+    everything = {**params, "local_steps": params["local_steps"] * len(tables)}
     pooled, _ = driven("horizontal.fedavg", everything, {"pooled": concatenate(list(tables.values()))}, SEED)
     yield "pooled", dict.fromkeys(tables, pooled)
 
@@ -126,7 +134,7 @@ def alarms(plan: Plan, tables: Tables) -> list[Row]:
     truth = np.concatenate([test["alarm"] for test in tests.values()])
     level = np.concatenate([newest(test, "PM2.5") for test in tests.values()])
     scores = {"persistence": 0.5 + (level - HEAVY - 1e-9) / 2000}
-    for method, models in learned("alarm", plan, tables, ("fedavg",)):
+    for method, models in learned(plan, tables, ("fedavg",)):
         scores[method] = np.concatenate([models[name].predict(test) for name, test in tests.items()])
     for method, score in scores.items():
         found = binary_metrics(truth, score)
@@ -174,7 +182,7 @@ def roads(quick: bool) -> list[Row]:
     """Speed in 15, 30 and 60 minutes."""
     plan = Plan.load(EXAMPLES / "traffic" / "plan.yaml")
     tables = traffic(plan)
-    found = learned("traffic", shortened(plan, quick), tables, ("finetune",))
+    found = learned(shortened(plan, quick), tables, ("finetune",))
     horizons = {"speed_15": "15 min", "speed_30": "30 min", "speed_60": "60 min"}
     return told("speed (mph)", tables, found, horizons, "speed", {"speed_15": 3.54, "speed_30": 4.34, "speed_60": 5.77})
 
@@ -190,7 +198,7 @@ def air(quick: bool) -> list[Row]:
     forecast, stream = (Plan.load(AIR / f"{name}.yaml") for name in ("forecast", "online"))
     tables = stations(quick)
     horizons = {"PM2.5_ahead1": "1 h", "PM2.5_ahead24": "24 h"}
-    models = dict(learned("air", shortened(forecast, quick), tables, ("finetune", "fedper")))
+    models = dict(learned(shortened(forecast, quick), tables, ("finetune", "fedper")))
     published = {"PM2.5_ahead1": 9.99, "PM2.5_ahead24": 57.1}
     rows = told("PM2.5 (µg/m³)", tables, iter(models.items()), horizons, "PM2.5", published)
     return [*rows, *online(shortened(stream, quick), tables, next(iter(models["fedavg"].values())))]
@@ -201,6 +209,49 @@ def alarm(quick: bool) -> list[Row]:
     return alarms(shortened(Plan.load(AIR / "alarm.yaml"), quick), alarmed(stations(quick)))
 
 
+def validated(table: Table, gap: np.timedelta64) -> Table:
+    """What settings are chosen on: the training rows, of which the latest fifth are held out; those whose values to
+    come are in it, *gap* before, are left out."""
+    train = table.parts()[0]
+    border = np.sort(train["time"])[round(0.8 * len(train))]
+    kept = train.rows((train["time"] + gap < border) | (train["time"] >= border))
+    return replace(kept, held_out=kept["time"] >= border)
+
+
+def tune() -> None:
+    """Print, for each study, each of ``GRID`` and each method, the MAE in units of persistence's, the mean of targets;
+    of the alarm 1 - AUC."""
+    forecast = stations(False)
+    some = {name: forecast[name] for name in list(forecast)[::3]}
+    hour, day = np.timedelta64(1, "h"), np.timedelta64(24, "h")
+    roads_plan, air_plan, alarm_plan = (
+        Plan.load(path) for path in (EXAMPLES / "traffic" / "plan.yaml", AIR / "forecast.yaml", AIR / "alarm.yaml")
+    )
+    for study, plan, tables, gap, anchor in (
+        ("traffic", roads_plan, traffic(roads_plan), hour, "speed"),
+        ("air", air_plan, some, day, "PM2.5"),
+        ("alarm", alarm_plan, alarmed(some), day, ""),
+    ):
+        chosen = {name: validated(table, gap) for name, table in tables.items()}
+        tests = {name: table.parts()[1] for name, table in chosen.items()}
+        for rate, fall in GRID:
+            short = {"rounds": 15, "local_steps": 40, "learning_rate": rate, "decay": fall / 15}
+            for method, models in learned(shortened(plan, False, **short), chosen, ("fedavg",)):
+                score = validation(tests, models, anchor)
+                print(f"{study}: rate {rate}, decay·rounds {fall}, {method} {score:.4f}")
+
+
+def validation(tests: Tables, models: Models, anchor: str) -> float:
+    """See :func:`tune`."""
+    targets = next(iter(models.values())).targets
+    told = np.concatenate([models[name].predict(test) for name, test in tests.items()])
+    truth = np.concatenate([np.column_stack([test[target] for target in targets]) for test in tests.values()])
+    if not anchor:
+        return 1 - binary_metrics(truth[:, 0], told)["auc"]
+    now = np.concatenate([newest(test, anchor) for test in tests.values()])[:, None]
+    return float((np.abs(told - truth).mean(0) / np.abs(now - truth).mean(0)).mean())
+
+
 def measure(quick: bool) -> list[Row]:
     """The three studies, two at a time."""
     with ProcessPoolExecutor(2) as pool:
@@ -209,4 +260,7 @@ def measure(quick: bool) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main("forecast", ("numpy", "torch", "duckdb"), measure, SEED)
+    if sys.argv[1:] == ["--tune"]:
+        tune()
+    else:
+        main("forecast", ("numpy", "torch", "duckdb"), measure, SEED)
