@@ -69,7 +69,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("horizontal.glm", _learner("poisson", "count"), None),
     ("horizontal.fedavg", _learner("logistic", "binary", rounds=4, batch_size=16, checkpoint_every=2), None),
     ("horizontal.fedavg", _learner("poisson", "count", rounds=3, learning_rate=0.01), None),
-    ("horizontal.fedavg", {"target": "value", "model": MLP, "rounds": 2, "clip": 0.1, "learning_rate": 0.005}, None),
+    ("horizontal.fedavg", {"target": "value", "model": MLP, "rounds": 2, "clip": 0.1, "weighting": "sites"}, None),
     ("horizontal.fedprox", _learner("logistic", "binary", rounds=2, proximal=0.5), None),
     ("horizontal.scaffold", _learner("logistic", "binary", rounds=2, checkpoint_every=1), None),
     ("horizontal.fednova", _learner("logistic", "binary", rounds=2, local_epochs=2, momentum=0.5), None),
