@@ -14,8 +14,8 @@ Each is `python -m benchmarks.NAME [--quick] [--json FILE]`: it prints its table
 JSON. Peers and physical limits are measured in the same run, on the same machine, so that the *ratios*
 can be compared; a figure quoted from elsewhere says so. On the shared two-core machine that these come from, the
 same absolute figure varies by a factor of two between runs (the no-op round: 0.40 to 0.77 ms a site-task; its limit of
-0.4 ms is not yet met reliably). This page is written by
-`python -m benchmarks.document FILE.json …` and is not edited by hand.
+0.4 ms is not yet met reliably). The tables are written by
+`python -m benchmarks.document FILE.json …`; remarks stand under them.
 """
 
 
