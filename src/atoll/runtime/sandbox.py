@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -143,12 +144,17 @@ def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any],
     """The same plan on each site alone and on the pooled table (rows and hold-out unchanged)."""
     alone = {"cohort": plan.cohort.model_copy(update={"sites": (), "min_sites": 1, "on_dropout": "fail"})}
     solo = plan.model_copy(update={**alone, "protection": Choice(sum="plain"), "privacy": None})
-    pooled = SiteData(concatenate([data.base() for data in tables.values()]), plan, Prepared(plan.recipe), "pooled")
+    room = {"max_rows": plan.table.max_rows * len(tables)}  # or more rows than one site's would be clipped
+    whole = solo.model_copy(update={"table": plan.table.model_copy(update=room)})
+    rows = concatenate([data.base() for data in tables.values()])
+    rows = replace(rows, schema=rows.schema.model_copy(update=room))
+    pooled = SiteData(rows, whole, Prepared(plan.recipe), "pooled")
     for name, table in {"pooled": pooled, **tables}.items():
         tell({"comparing": name})
         with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
             try:
-                store, run = _run_local(solo, {name: table}, Path(scratch), None, lambda _: None)
+                asked = whole if table is pooled else solo
+                store, run = _run_local(asked, {name: table}, Path(scratch), None, lambda _: None)
                 found: Json = store.result(run)[0]["metrics"]
                 store.close()
             except AtollError as error:
