@@ -208,7 +208,8 @@ def days(atoll_data: Path) -> pd.DataFrame:
     return pd.concat(made, ignore_index=True)
 
 
-@pytest.mark.parametrize("transport", ["local", pytest.param("grpc", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["local", "grpc"])
 def test_stations_on_one_time_grid(atoll_data: Path, days: pd.DataFrame, tmp_path: Path, transport: Any) -> None:
     result = run("air-quality", atoll_data / "beijing-air-quality", tmp_path, transport=transport)
     pooled = days.rename(columns={"weekend": "time_is_weekend"})
