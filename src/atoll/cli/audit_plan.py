@@ -204,7 +204,7 @@ class _Audit:
             rest = np.setdiff1d(np.arange(size), places)
             index[rest] = self.random.permutation(others)[: len(rest)]
             tables[site], batch = taken(self.rows[site], index), taken(self.rows[site], mine)
-            batches[site] = batch_of(self.model, inputs_of(self.model, batch), batch[self.model.target])
+            batches[site] = batch_of(self.model, inputs_of(self.model, batch), batch[self.model.targets[0]])
         data = {site: Rows(table) for site, table in tables.items()}
         seen = rehearse(plan, data, self.handler, self.first.before, sessions)
         if self.noise is not None:
@@ -304,7 +304,7 @@ class _Audit:
         model, parts = self.model.with_weights(arrays["weights"]), []
         for tables in (self.rows, held):
             few = [taken(t, self.random.permutation(len(t))[: MOST_ROWS // len(tables)]) for t in tables.values()]
-            parts.append([(inputs_of(model, t), t[model.target], model.predict(t)) for t in few if len(t)])
+            parts.append([(inputs_of(model, t), t[model.targets[0]], model.predict(t)) for t in few if len(t)])
         x, y, p = (np.concatenate([one[k] for part in parts for one in part]) for k in range(3))
         member = np.arange(len(y)) < sum(len(one[1]) for one in parts[0])
 
