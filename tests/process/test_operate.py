@@ -116,7 +116,7 @@ def test_revoked_site_is_cut_off(federation: Any, wait_until: Any) -> None:
     party = federation.join("revoked")
     federation.await_connected("revoked")
     cohort = {"sites": [*SITES, "revoked"], "min_sites": 3, "on_dropout": "continue"}
-    run = federation.submit("revoking", cohort=cohort, params={"rounds": 150}, run={"deadline_s": 3})
+    run = federation.submit("revoking", cohort=cohort, params={"rounds": 600}, run={"deadline_s": 3})
     federation.await_rounds(run, 20)
     federation.as_coordinator("revoke", "revoked")
     assert party.wait() == 1
@@ -125,7 +125,7 @@ def test_revoked_site_is_cut_off(federation: Any, wait_until: Any) -> None:
     row = federation.await_status(run, "finished")
     assert "revoked dropped out" in row["note"]
     ledgers = federation.ledgers()
-    assert len(received(ledgers, "alpha", run)) == 150 + 2 > len(received(ledgers, "revoked", run)) > 0
+    assert len(received(ledgers, "alpha", run)) == 600 + 2 > len(received(ledgers, "revoked", run)) > 0
     shown = json.loads(federation.as_coordinator("status", "--json").stdout)["sites"]
     assert shown["revoked"]["revoked"] is True and not any(shown[name]["revoked"] for name in SITES)
 
