@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from atoll.contract.errors import PlanError
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table
-from atoll.horizontal.rows import PublicParams, Rows
+from atoll.horizontal.rows import PublicParams
+from atoll.models.rows import Rows
 
 SCHEMA = TableSchema(
     name="test",

@@ -17,7 +17,7 @@ from atoll.models.model import Examples, from_spec, make
 
 torch = pytest.importorskip("torch")
 
-from atoll.models.fusion import Filled  # noqa: E402
+from atoll.models.fusion import filled  # noqa: E402
 
 IMAGE = {"kind": "cnn", "image": "image", "channels": [2], "hidden": 4}
 TEXT = {"kind": "embedding_bag", "text": "says", "buckets": 40, "width": 5, "length": 30}
@@ -196,18 +196,17 @@ def test_images_are_missing_only_where_the_schema_allows_it() -> None:
 
 def test_a_filled_table_has_no_gaps() -> None:
     table = table_of(lacks=LACKS)
-    codes = table.schema.with_columns({"y": Column(dtype="integer", values=(0, 1), role="label")})
-    view = Filled(Table(codes, {**table.columns, "y": np.where(np.arange(12) < 2, np.nan, table["y"])}))
+    view, gaps = filled(Table(table.schema, {**table.columns, "y": np.where(np.arange(12) < 2, np.nan, table["y"])}))
     assert len(view) == 12
-    assert view.codes("y").min() == 0
-    assert view.gaps[0].tolist() == [True] * 2 + [False] * 10
+    assert not np.isnan(view["y"]).any()
+    assert gaps[0].tolist() == [True] * 2 + [False] * 10
     [batch] = view.batches(("a", "b"))
     assert not np.isnan(batch).any()
-    assert (view.schema, view.dropped, view.achieved) == (codes, {}, {})
+    assert (view.schema, view.dropped, view.achieved) == (table.schema, {}, {})
     dates = TableSchema(name="test", columns={"t": Column(dtype="date")})
-    days = Filled(Table(dates, {"t": np.array(["2020-01-01", "NaT"], "<M8[D]")}))
+    days, gaps = filled(Table(dates, {"t": np.array(["2020-01-01", "NaT"], "<M8[D]")}))
     assert not np.isnat(days["t"]).any()
-    assert days.gaps[0].tolist() == [False, True]
+    assert gaps[0].tolist() == [False, True]
 
 
 def test_another_packages_network_can_be_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

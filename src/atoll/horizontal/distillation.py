@@ -20,8 +20,9 @@ from pydantic import Field
 from atoll.contract.program import SiteView
 from atoll.contract.rounds import Task, TaskId
 from atoll.horizontal.local import Local, LocalParams, Weights, still
-from atoll.horizontal.rows import PublicParams, Rows
+from atoll.horizontal.rows import PublicParams
 from atoll.models.model import Examples, Goal, Model
+from atoll.models.rows import Rows
 
 Floats = NDArray[np.float64]
 FAR = 30.0

@@ -25,8 +25,8 @@ from atoll.horizontal.distillation import FAR, DistillationParams, at_coordinato
 from atoll.horizontal.fedavg import FedAvg
 from atoll.horizontal.federated import OFFERS, FederatedParams, State
 from atoll.horizontal.local import Local
-from atoll.horizontal.rows import Rows
 from atoll.models.model import Model
+from atoll.models.rows import Rows
 
 
 class FedDfParams(FederatedParams, DistillationParams):

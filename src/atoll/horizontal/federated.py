@@ -92,10 +92,6 @@ class Federated:
         sends of something ``told`` is of the weights that travel, [:meth:`_moving`], and the mean of it is [size]."""
         return {}
 
-    def frozen(self, model: Model) -> NDArray[np.bool_]:
-        """Weights that nobody learns, [size]."""
-        return np.tile(layers_of(model, self.params.freeze), self.size(model) // len(model.weights))
-
     def stays(self, model: Model) -> NDArray[np.bool_]:
         """Weights that sites learn and do not send, [size]."""
         return np.zeros(self.size(model), bool)
@@ -125,8 +121,7 @@ class Federated:
         fields = self._fields(model, most, cohort.exact)
         for number in range(len(history), p.rounds):
             support, asked = p.compress.support(last, cohort.seed, number), self._drawn(cohort, number)
-            sent = {**self._told(model, state), **({"support": support} if p.compress.keep < 1 else {})}
-            sent |= {"decay": np.array(1 / (1 + p.decay * number))} if p.decay else {}
+            sent = {**self._told(model, state, number), **({"support": support} if p.compress.keep < 1 else {})}
             total = yield Round("train", Sum(), fields, sent, sites=asked)
             update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
             certain = cohort.exact and not self.gaps and asked is None  # that somebody has rows
@@ -142,12 +137,12 @@ class Federated:
             yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
             done = number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
-                yield from self._finish(model, state)
+                yield from self._finish(model, state, done)
                 yield from scored(self, cohort, self.final(model, state).weights, number)
             if done % p.checkpoint_every == 0:
                 whole = {"last": last} if p.compress.keep < 1 else {}
                 yield Checkpoint({**state, **whole, "history": np.array(history)})
-        yield from self._finish(model, state)
+        yield from self._finish(model, state, p.rounds)
         more, model = self.reported(model, state), self.final(model, state)
         return {"model": model, "history": history, "iterations": p.rounds, **named(model), **more}
 
@@ -163,13 +158,14 @@ class Federated:
         """What the result holds beside the model; its "arrays" are stored with the model's."""
         return {}
 
-    def _finish(self, model: Model, state: State) -> Steps:
+    def _finish(self, model: Model, state: State, number: int) -> Steps:
         if self.personal:
-            end = {"decay": np.array(1 / (1 + self.params.decay * self.params.rounds))} if self.params.decay else {}
-            yield Round("personalise", Sum(), {"sites": count(bound=1)}, {**self._told(model, state), **end})
+            yield Round("personalise", Sum(), {"sites": count(bound=1)}, self._told(model, state, number))
 
-    def _told(self, model: Model, state: State) -> State:
-        return {name: state[name].astype(model.dtype) for name in self.told}
+    def _told(self, model: Model, state: State, number: int) -> State:
+        """What is sent with round *number*."""
+        told = {name: state[name].astype(model.dtype) for name in self.told}
+        return told | ({"decay": np.array(1 / (1 + self.params.decay * number))} if self.params.decay else {})
 
     def _drawn(self, cohort: Cohort, number: int) -> tuple[str, ...] | None:
         """The sites of a round, drawn alike by everybody who knows the plan's seed; None: all."""
@@ -184,7 +180,8 @@ class Federated:
 
     def _moving(self, model: Model) -> NDArray[np.int64]:
         """Places in "weights" that travel, in order."""
-        moving = np.flatnonzero(~self.frozen(model) & ~self.stays(model))
+        frozen = np.tile(layers_of(model, self.params.freeze), self.size(model) // len(model.weights))
+        moving = np.flatnonzero(~frozen & ~self.stays(model))
         if not len(moving):
             raise PlanError(
                 "plan.nothing-travels", "no weights are left that sites learn together", field="params.freeze",

@@ -33,10 +33,10 @@ from atoll.contract.updates import Update
 from atoll.contract.wire import Array, Json
 from atoll.horizontal.distillation import FAR, DistillationParams, at_coordinator, distilled, scores, taught, width
 from atoll.horizontal.federated import OFFERS
-from atoll.horizontal.local import Local, layers_of, still
-from atoll.horizontal.rows import Rows
+from atoll.horizontal.local import Kept, Local, layers_of, still
 from atoll.models.linear import named
 from atoll.models.model import Model, kept
+from atoll.models.rows import Rows
 from atoll.statistics.evaluation import scored
 
 
@@ -79,6 +79,7 @@ class FedMd:
 
     def __init__(self, params: FedMdParams) -> None:
         self.params = params
+        self._kept: dict[str, Kept] = {}
 
     def model(self, schema: TableSchema) -> Model:
         """The coordinator's, before any fitting."""
@@ -126,9 +127,13 @@ class FedMd:
     # -- at a site
 
     def _at(self, site: SiteView, task: Task) -> Local:
-        params = self.params.of(site.name)
-        model = params.unfitted(site.table.schema)
-        return Local(params, model, model.examples(site.table), site, task, still(model, params.freeze))
+        own = self._own(site)
+        model = own.model(site.table.schema)
+        return Local(own.params, model, own.examples(site.table), site, task, still(model, self.params.freeze))
+
+    def _own(self, site: SiteView) -> Kept:
+        """The site's own model and examples, of which every round makes use."""
+        return self._kept.setdefault(site.name, Kept(self.params.of(site.name)))
 
     @handler("train")
     def train(self, site: SiteView, task: Task) -> Reply:
@@ -166,6 +171,6 @@ class FedMd:
     def personalise(self, site: SiteView, task: Task) -> Reply:
         """At the site: its own model is what evaluation then scores; what leaves is that it is there."""
         if "weights" in site.state:
-            model = self.params.of(site.name).unfitted(site.table.schema)
+            model = self._own(site).model(site.table.schema)
             site.personal.update(kept(model.with_weights(site.state["weights"])))
         return {"sites": 1}

@@ -67,8 +67,8 @@ def still(model: Model, names: tuple[str, ...]) -> Mask | None:
 class Kept:
     """The model and the examples last asked for: a program's rounds ask for the same ones."""
 
-    def __init__(self, params: LearnerParams) -> None:
-        self._params = params
+    def __init__(self, params: Any) -> None:
+        self.params = params
         self._model: tuple[TableSchema, Model] | None = None
         self._examples: tuple[TableView, Examples] | None = None
 
@@ -82,7 +82,7 @@ class Kept:
     def model(self, schema: TableSchema) -> Model:
         """Unfitted; raises PlanError."""
         if self._model is None or self._model[0] is not schema:
-            self._model = (schema, self._params.unfitted(schema))
+            self._model = (schema, self.params.unfitted(schema))
         return self._model[1]
 
     def examples(self, table: TableView) -> Examples:

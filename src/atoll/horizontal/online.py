@@ -36,8 +36,8 @@ from atoll.contract.wire import Array
 from atoll.horizontal.fedavg import FedAvg
 from atoll.horizontal.federated import OFFERS, FederatedParams, State
 from atoll.horizontal.local import Local
-from atoll.horizontal.rows import Rows
 from atoll.models.model import Goal, Model
+from atoll.models.rows import Rows
 from atoll.statistics.drift import Adwin, Detector, PageHinkley
 from atoll.statistics.noise import smallest
 
@@ -143,8 +143,8 @@ class Online(FedAvg):
         """Errors before training as shares of the most, their squares, and whether the site's detector warned."""
         return {"errors": ((), 1.0), "squares": ((), 1.0), "drifting": ((), 1.0)}
 
-    def _told(self, model: Model, state: State) -> State:
-        return {**super()._told(model, state), "period": state["period"], "rate": state["rate"]}
+    def _told(self, model: Model, state: State, number: int) -> State:
+        return {**super()._told(model, state, number), "period": state["period"], "rate": state["rate"]}
 
     def _at(self, site: SiteView, task: Task) -> tuple[Local, State]:
         at, sent = super()._at(site, task)

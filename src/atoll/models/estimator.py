@@ -14,7 +14,7 @@ Source: Buitinck et al. 2013, API Design for Machine Learning Software: Experien
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -27,6 +27,7 @@ from atoll.contract.errors import SchemaError
 from atoll.contract.schema import Column, TableSchema
 from atoll.models import stored
 from atoll.models.model import Floats, Model
+from atoll.models.rows import Rows
 
 
 def load(folder: str | Path, models: tuple[str, ...] = ()) -> FederatedClassifier | FederatedRegressor:
@@ -36,42 +37,19 @@ def load(folder: str | Path, models: tuple[str, ...] = ()) -> FederatedClassifie
     return (FederatedClassifier if task in ("binary", "classes") else FederatedRegressor)(str(folder), models)
 
 
-class Rows:
-    """A table as models see it, over arrays, DataFrame columns, or nothing; *used* are the columns asked for."""
+def viewed(schema: TableSchema, columns: Mapping[str, Any], num_rows: int) -> Rows:
+    """Arrays, or a DataFrame's columns, as a table; raises SchemaError for a column that is not there."""
 
-    def __init__(self, schema: TableSchema, columns: Mapping[str, Any] | None, num_rows: int = 0) -> None:
-        self.schema, self._columns, self._num_rows = schema, columns, num_rows
-        self.dropped: Mapping[str, int] = {}
-        self.achieved: Mapping[str, int] = {}
-        self.used: dict[str, None] = {}
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        self.used[name] = None
-        column = self.schema.columns[name]
-        if self._columns is None:
-            return as_column(column, np.empty((0, *(column.shape or ())), object))
+    def column(name: str) -> NDArray[Any]:
         try:
-            return as_column(column, self._columns[name])
+            return as_column(schema.columns[name], columns[name])
         except KeyError:
             raise SchemaError(
                 "schema.no-column", f"there is no column {name!r}", field=name,
                 remedy="give the columns that feature_names_in_ lists",
             ) from None  # fmt: skip
 
-    def codes(self, name: str) -> NDArray[np.int32]:
-        """Places in the schema's list of values, −1 where missing or unknown."""
-        values, found = self.schema.columns[name].values or (), self[name]
-        place = {value: i for i, value in enumerate(values)}
-        return np.fromiter((place.get(cell, -1) for cell in found.tolist()), np.int32, len(found))
-
-    def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
-        """Numeric columns as matrices [≤ size, len(names)]."""
-        columns = [self[name] for name in names]
-        for start in range(0, len(self), size):
-            yield np.column_stack([column[start : start + size] for column in columns])
+    return Rows(schema, num_rows, column)
 
 
 def as_column(column: Column, values: Any) -> NDArray[Any]:
@@ -101,9 +79,15 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
     def feature_names_in_(self) -> NDArray[Any]:
         """The columns that the model reads, in the order in which a plain matrix has them."""
         model, schema = self._found
-        nothing = Rows(schema, None)
-        model.predict(nothing)
-        return np.array(list(nothing.used), object)
+        used: dict[str, None] = {}
+
+        def note(name: str) -> NDArray[Any]:
+            used[name] = None
+            column = schema.columns[name]
+            return as_column(column, np.empty((0, *(column.shape or ())), object))
+
+        model.predict(Rows(schema, 0, note))
+        return np.array(list(used), object)
 
     @property
     def n_features_in_(self) -> int:
@@ -127,7 +111,7 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
             if matrix.ndim != 2 or matrix.shape[1] != self.n_features_in_:
                 raise ValueError(f"X must be a DataFrame, or a matrix of {self.n_features_in_} columns")
             columns, num_rows = dict(zip(self.feature_names_in_, matrix.T, strict=True)), len(matrix)
-        return model.predict(Rows(schema, columns, num_rows))
+        return model.predict(viewed(schema, columns, num_rows))
 
 
 class FederatedClassifier(ClassifierMixin, _Stored):  # type: ignore[misc]

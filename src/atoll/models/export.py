@@ -71,7 +71,7 @@ def network(model: Any, schema: TableSchema) -> Any:
     import torch
     from torch import Tensor, nn
 
-    from atoll.models.estimator import Rows
+    from atoll.models.estimator import viewed
 
     class Whole(nn.Module):
         def __init__(self) -> None:
@@ -84,7 +84,7 @@ def network(model: Any, schema: TableSchema) -> Any:
 
     model.load(model.weights)
     model.net.cpu()
-    raw = model.raw(Rows(schema, examples(schema), 2))
+    raw = model.raw(viewed(schema, examples(schema), 2))
     rows = torch.export.Dim("rows")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PyTorch's own, of its own parts

@@ -38,8 +38,10 @@ from atoll.models import model as port
 from atoll.models.images import absent
 from atoll.models.model import Floats, make, model
 from atoll.models.network import Joined, Network
+from atoll.models.rows import Rows
 
-Rows = NDArray[np.bool_]
+Mask = NDArray[np.bool_]
+EPOCH = np.datetime64(0, "D")
 
 
 class FusionSpec(port.Settings):
@@ -87,60 +89,28 @@ def apart(given: Sequence[Any]) -> Iterator[list[Any]]:
     yield found
 
 
-class Filled:
-    """A table without missing cells: they are filled up with what does not matter, since their rows are masked.
-    gaps: where cells were missing, of each column that was asked for. only: rows to fill; None: all."""
+def filled(table: TableView, only: Mask | None = None) -> tuple[Rows, list[Mask]]:
+    """A table without missing cells, which are filled up with what does not matter, since their rows are masked; and
+    where cells were missing, of each column as it is asked for. only: rows to fill; None: all."""
+    gaps: list[Mask] = []
 
-    def __init__(self, table: TableView, only: Rows | None = None) -> None:
-        self._table, self._only, self.gaps = table, only, list[Rows]()
+    def column(name: str) -> NDArray[Any]:
+        cells, kind = table[name], table.schema.columns[name].dtype
+        filler: Any = {"image": 255, "text": "", "date": EPOCH, "datetime": EPOCH}.get(kind, 0.0)
+        if kind == "image":
+            lacks = absent(table, name)
+        elif kind == "text":
+            lacks = np.array([cell is None for cell in cells], bool)
+        else:
+            lacks = np.isnat(cells) if cells.dtype.kind == "M" else np.isnan(cells)
+        gaps.append(lacks)
+        where = lacks if only is None else lacks & only
+        if where.any():
+            cells = cells.copy()
+            cells[where] = filler
+        return cells
 
-    @property
-    def schema(self) -> TableSchema:
-        """The table's."""
-        return self._table.schema
-
-    @property
-    def dropped(self) -> Mapping[str, int]:
-        """The table's."""
-        return self._table.dropped
-
-    @property
-    def achieved(self) -> Mapping[str, int]:
-        """The table's."""
-        return self._table.achieved
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        column, declared = self._table[name], self.schema.columns[name]
-        if declared.dtype == "image":
-            return self._without(column, absent(self._table, name), 255)
-        if declared.dtype == "text":
-            return self._without(column, np.array([cell is None for cell in column], bool), "")
-        if declared.dtype in ("date", "datetime"):
-            return self._without(column, np.isnat(column), np.datetime64(0, "D"))
-        return self._without(column, np.isnan(column), 0.0)
-
-    def codes(self, name: str) -> NDArray[np.int32]:
-        """As the table's, without −1."""
-        found = self._table.codes(name)
-        return self._without(found, found < 0, 0)
-
-    def batches(self, names: tuple[str, ...], size: int = 65_536) -> Iterator[NDArray[Any]]:
-        """As the table's."""
-        columns = [self[name] for name in names]
-        for start in range(0, len(self), size):
-            yield np.column_stack([column[start : start + size] for column in columns])
-
-    def _without(self, column: NDArray[Any], gaps: Rows, filler: Any) -> NDArray[Any]:
-        self.gaps.append(gaps)
-        where = gaps if self._only is None else gaps & self._only
-        if not where.any():
-            return column
-        filled = column.copy()
-        filled[where] = filler
-        return filled
+    return Rows(table.schema, len(table), column), gaps
 
 
 @model
@@ -177,12 +147,12 @@ class Fusion(Network):
         """For each part where it is there, bool [num_rows], and its inputs."""
         found: list[Array] = []
         for part in self.parts:
-            view = Filled(table)
+            view, gaps = filled(table)
             given = part.inputs(view)
-            lacks = np.logical_or.reduce(view.gaps)
+            lacks = np.logical_or.reduce(gaps)
             if getattr(part.settings, "gaps", "") == "mark":  # its network is told of single gaps
-                lacks = np.logical_and.reduce(view.gaps)
-                given = part.inputs(Filled(table, lacks))
+                lacks = np.logical_and.reduce(gaps)
+                given = part.inputs(filled(table, lacks)[0])
             found += [~lacks, *given]
         return tuple(found)
 

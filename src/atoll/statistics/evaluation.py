@@ -101,9 +101,9 @@ class Evaluation:
             cells = count((2, NOISY_BINS), bound=cohort.schema.max_rows)
             total = yield Round("cells", Sum(), {"cells": cells}, send)
             pooled, curves = self._binary(from_cells(total["cells"]))
-        return {"pooled": pooled, "own": (yield from self._own(cohort, model, send, pooled)), "curves": curves}
+        return {"pooled": pooled, "own": (yield from self._each(cohort, model, send, pooled)), "curves": curves}
 
-    def _own(self, cohort: Cohort, model: Model, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
+    def _each(self, cohort: Cohort, model: Model, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
         """Each site's own metrics, of those that are in *pooled*."""
         own: dict[str, dict[str, float]] = {}
         if self.params.own and cohort.exact:
@@ -129,7 +129,7 @@ class Evaluation:
             rates = {"accuracy": ("right", "rows"), "log_loss": ("log_loss", "rows")}
             rates["mean_auc"] = ("ranked", "ranked_rows")
             pooled = {name: told[a] / told[b] if told[b] else math.nan for name, (a, b) in rates.items()}
-        own = yield from self._own(cohort, model, send, {**pooled, "auc": math.nan})
+        own = yield from self._each(cohort, model, send, {**pooled, "auc": math.nan})
         return {"pooled": pooled, "own": own, "curves": {}}
 
     def _scores(self, cohort: Cohort, send: dict[str, Array]) -> Steps:
