@@ -150,3 +150,33 @@ def test_only_layers_that_the_base_has_are_frozen(folder: Path, frozen: str) -> 
     with pytest.raises(PlanError) as caught:
         make({**MLP, "base": {**base, "frozen": [frozen]}}, SCHEMA)
     assert caught.value.code == "model.base-unfit"
+
+
+def test_a_frozen_normalisation_goes_by_the_bases_means(folder: Path) -> None:
+    """Written a second time in numpy; and its means neither travel nor move."""
+    pytest.importorskip("torch")
+    spec = {**MLP, "norm": "batch"}
+    whole = make(spec, SCHEMA)
+    random = np.random.default_rng(5)
+    whole = whole.with_weights(random.uniform(0.5, 1.5, len(whole.weights)))
+    arrays = dict(whole.arrays())
+    base = {**install(folder, "backbone", save(arrays)), "frozen": ["encoder"]}
+    model = make({**spec, "base": base}, SCHEMA)
+    assert list(model.layers) == ["head.weight", "head.bias"]
+    assert model.running.start == model.running.stop
+    weights = model.initial(1).astype(np.float32)
+    columns = {"a": random.uniform(0, 4, 8), "b": random.uniform(0, 4, 8), "y": np.arange(8) % 2.0, "c": np.zeros(8)}
+    table = Table(SCHEMA, columns)
+    examples = model.examples(table)
+    for rows in (slice(0, 4), slice(4, 8)):
+        model.loss_and_gradient(weights, examples.take(rows))
+    inner = {name: value.astype(np.float64) for name, value in arrays.items()}
+    hidden = examples.inputs[0] @ inner["encoder.0.weight"].T + inner["encoder.0.bias"]
+    hidden = (hidden - inner["encoder.1.running_mean"]) / np.sqrt(inner["encoder.1.running_var"] + 1e-5)
+    hidden = np.maximum(hidden * inner["encoder.1.weight"] + inner["encoder.1.bias"], 0)
+    out = hidden @ weights[model.layers["head.weight"]].reshape(1, -1).T + weights[model.layers["head.bias"]]
+    found = model.with_weights(weights).predict(table)
+    assert np.allclose(found, 1 / (1 + np.exp(-out[:, 0])), atol=1e-5)
+    loss = model.loss_and_gradient(weights, examples)[0]
+    p, y = 1 / (1 + np.exp(-out[:, 0])), examples.labels
+    assert loss == pytest.approx(-np.mean(y * np.log(p) + (1 - y) * np.log(1 - p)), rel=1e-4)

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from pydantic import Field
 
-from atoll.aggregation.optimizers import adagrad, adam, adaptive, started, yogi
+from atoll.aggregation.optimizers import Squares, adagrad, adam, adaptive, started, yogi
 from atoll.contract.program import Cohort, program
 from atoll.contract.wire import Array
 from atoll.horizontal.fedavg import FedAvg
@@ -46,6 +46,12 @@ def begun(learner: FedAvg, model: Model, cohort: Cohort) -> State:
     return {**started(model.initial(cohort.seed), model.running), **moments}
 
 
+def stepped(learner: FedAvg, state: State, change: Array, squares: Squares) -> None:
+    """The coordinator's step of all three."""
+    p = learner.params
+    adaptive(state, change, squares, rate=p.server_learning_rate, beta1=p.beta1, tau=p.tau)
+
+
 @program("horizontal.fedadagrad", needs={"sum"}, offers=OFFERS)
 class FedAdagrad(FedAvg):
     """FedAvg with Adagrad at the coordinator."""
@@ -55,8 +61,7 @@ class FedAdagrad(FedAvg):
 
     def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
         """v ← v + Δ²."""
-        p = self.params
-        adaptive(state, mean["weights"], adagrad, rate=p.server_learning_rate, beta1=p.beta1, tau=p.tau)
+        stepped(self, state, mean["weights"], adagrad)
 
 
 @program("horizontal.fedadam", needs={"sum"}, offers=OFFERS)
@@ -68,8 +73,7 @@ class FedAdam(FedAvg):
 
     def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
         """v ← β₂·v + (1 − β₂)·Δ²."""
-        p, squares = self.params, partial(adam, beta2=self.params.beta2)
-        adaptive(state, mean["weights"], squares, rate=p.server_learning_rate, beta1=p.beta1, tau=p.tau)
+        stepped(self, state, mean["weights"], partial(adam, beta2=self.params.beta2))
 
 
 @program("horizontal.fedyogi", needs={"sum"}, offers=OFFERS)
@@ -81,5 +85,4 @@ class FedYogi(FedAvg):
 
     def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
         """v ← v − (1 − β₂)·Δ²·sign(v − Δ²)."""
-        p, squares = self.params, partial(yogi, beta2=self.params.beta2)
-        adaptive(state, mean["weights"], squares, rate=p.server_learning_rate, beta1=p.beta1, tau=p.tau)
+        stepped(self, state, mean["weights"], partial(yogi, beta2=self.params.beta2))

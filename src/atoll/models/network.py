@@ -60,9 +60,10 @@ class Network:
         self.device = device()
         with DRAWING, memory():
             self.net: Any = self.built().to(self.device)  # Joined, unless a kind builds it otherwise
-        self._freeze()
+        fixed = self._freeze()
+        self._still = [m.eval() for n, m in self.net.named_modules() if f"{n}.running_mean" in fixed]
         learned = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
-        followed = {n: b for n, b in self.net.named_buffers() if n.endswith(("running_mean", "running_var"))}
+        followed = {n: b for n, b in self._followers().items() if n not in fixed}
         self.layers, size = {}, 0
         for name, values in (*learned.items(), *followed.items()):
             self.layers[name] = slice(size, size := size + values.numel())
@@ -157,19 +158,26 @@ class Network:
                 weights[self.layers[name]] = found[name].ravel()
         return weights
 
-    def _freeze(self) -> None:
-        """Give the base's frozen layers its weights, once and for all: they are not among the weights then."""
-        base = self.settings.base
+    def _freeze(self) -> set[str]:
+        """Give the base's frozen layers its weights, once and for all, and say which: they are not among the weights
+        then, and their normalisations go by the base's running means."""
+        base, fixed = self.settings.base, set[str]()
         if base is None or not base.frozen:
-            return
-        found, parameters = base.read(), dict(self.net.named_parameters())
+            return fixed
+        found, held = base.read(), {**dict(self.net.named_parameters()), **self._followers()}
         for layer in base.frozen:
-            inside = [name for name in parameters if name == layer or name.startswith(layer + ".")]
+            inside = [name for name in held if name == layer or name.startswith(layer + ".")]
             for name in inside or [layer]:
-                if name not in inside or name not in found or found[name].shape != parameters[name].shape:
+                if name not in inside or name not in found or found[name].shape != held[name].shape:
                     raise unfit(name)
-                parameters[name].data.copy_(torch.from_numpy(found[name].copy()))
-                parameters[name].requires_grad_(False)
+                held[name].data.copy_(torch.from_numpy(found[name].copy()))
+                held[name].requires_grad_(False)
+            fixed |= set(inside)
+        return fixed
+
+    def _followers(self) -> dict[str, Tensor]:
+        """What follows the data: normalisations' running means and variances."""
+        return {n: b for n, b in self.net.named_buffers() if n.endswith(("running_mean", "running_var"))}
 
     def _held(self) -> dict[str, Tensor]:
         return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
@@ -275,6 +283,8 @@ class Network:
         mixing = len(batch) > 1 or not follows  # one row has no spread: it is normalised by the running one
         if self.net.training != mixing:
             self.net.train(mixing)
+            for layer in self._still:
+                layer.eval()
         self._slopes.zero_()
         with memory():
             loss = loss_of()
