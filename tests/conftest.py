@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from atoll.contract.rounds import (
     Summed,
     Task,
     TaskId,
+    Together,
     as_arrays,
 )
 from atoll.contract.schema import Column, TableSchema
@@ -306,6 +307,38 @@ def _drive(
     for name, state in (kept or {}).items():
         desks[name].state = dict(state)
     driven, value, in_flight = Driven(desks=desks), None, []
+
+    def answered(item: Round) -> Any:
+        number = first_round + len(driven.rounds)
+        made = build(item.program, item.params)
+        asked = [n for n in (desks if item.sites is None else item.sites) if n not in absent(number)]
+        if item.draw is not None:
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence((0, number, 1))))  # as the scheduler
+            asked = [asked[place] for place in sorted(random.choice(len(asked), item.draw, replace=False))]
+            item = replace(item, sites=tuple(asked))
+        replies = {}
+        for name in asked:
+            sent = {k: np.asarray(v) for k, v in {**item.send, **item.send_to.get(name, {})}.items()}
+            secret = partial(_secret, number, name)
+            task = Task(TaskId("0" * 32, number, 0, "reply", name), sent, (number, *name.encode()), secret)
+            handler = handler_of(made, item.name)
+            assert handler.reduce == item.reduce.tag
+            reply = judged(handler.answer(made, desks[name], task), handler.cells, rule)
+            replies[name] = as_arrays(reply, item.reply)
+            if check_bounds:
+                _within_bounds(item, replies[name])
+        driven.rounds.append(item)
+        driven.replies.append(replies)
+        if isinstance(item.reduce, Sum):
+            value = Summed({f: sum(r[f] for r in replies.values()) for f in item.reply}, tuple(replies))
+        elif isinstance(item.reduce, Gather):
+            value = Gathered(replies)
+        else:
+            in_flight.extend(Arrival(name, number, reply) for name, reply in replies.items())
+            value = in_flight.pop(0)
+        driven.reduced.append(value)
+        return value
+
     while True:
         try:
             item = steps.send(value)
@@ -318,30 +351,10 @@ def _drive(
         elif isinstance(item, Checkpoint):
             driven.checkpoints.append((first_round + len(driven.rounds), item))
             driven.kept.append({name: dict(desk.state) for name, desk in desks.items()})
+        elif isinstance(item, Together):
+            value = tuple(answered(one) for one in item.rounds)
         else:
-            number = first_round + len(driven.rounds)
-            made = build(item.program, item.params)
-            asked = [n for n in (desks if item.sites is None else item.sites) if n not in absent(number)]
-            replies = {}
-            for name in asked:
-                sent = {k: np.asarray(v) for k, v in {**item.send, **item.send_to.get(name, {})}.items()}
-                secret = partial(_secret, number, name)
-                task = Task(TaskId("0" * 32, number, 0, "reply", name), sent, (number, *name.encode()), secret)
-                handler = handler_of(made, item.name)
-                reply = judged(handler.answer(made, desks[name], task), handler.cells, rule)
-                replies[name] = as_arrays(reply, item.reply)
-                if check_bounds:
-                    _within_bounds(item, replies[name])
-            driven.rounds.append(item)
-            driven.replies.append(replies)
-            if isinstance(item.reduce, Sum):
-                value = Summed({f: sum(r[f] for r in replies.values()) for f in item.reply}, tuple(replies))
-            elif isinstance(item.reduce, Gather):
-                value = Gathered(replies)
-            else:
-                in_flight += [Arrival(name, number, reply) for name, reply in replies.items()]
-                value = in_flight.pop(0)
-            driven.reduced.append(value)
+            value = answered(item)
 
 
 def _secret(number: int, site: str, label: str) -> Stream:

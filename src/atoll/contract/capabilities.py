@@ -17,6 +17,7 @@ MEANING = {
     "sum": "rounds that need only the sum over sites",
     "gather": "rounds in which the coordinator sees every site's reply",
     "stream": "rounds in which replies are used one by one as they arrive",
+    "ready": "rounds in which sites say that they are ready, and nothing else",
     "bounded": "a declared bound on every value a site sends",
     "resolution": "a declared resolution of every value a site sends",
     "bounded-weight": "a declared bound on every site's weight",

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from atoll.contract.privacy import Privacy
 from atoll.contract.protection import Choice
+from atoll.contract.schedule import Schedule
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import Options, read_yaml, validate
 from atoll.contract.wire import Json, canonical_json
@@ -91,6 +92,7 @@ class Plan(_Part):
     protection: Choice = Choice()
     privacy: Privacy | None = None
     cohort: CohortRule = CohortRule()
+    schedule: Schedule = Schedule()
     run: RunSettings = RunSettings()
 
     @field_validator("protection", mode="before")

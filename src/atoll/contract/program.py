@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError, ProtocolError
-from atoll.contract.rounds import Reply, Round, Steps, Task, Yielded
+from atoll.contract.rounds import Reply, Round, Steps, Task, Together, Yielded
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Record
 from atoll.contract.settings import validate
@@ -168,13 +168,15 @@ def relay(steps: Steps, stamp: Callable[[Round], Round]) -> Steps:
             item: Yielded = steps.send(value)
         except StopIteration as stop:
             return stop.value
+        if isinstance(item, Together):
+            item = Together(tuple(stamp(asked) for asked in item.rounds))
         value = yield stamp(item) if isinstance(item, Round) else item
 
 
 def handler(
     name: str,
     *,
-    reduce: Literal["sum", "gather", "stream"] = "sum",
+    reduce: Literal["sum", "gather", "stream", "ready"] = "sum",
     groups: tuple[str, ...] = (),
     cells: Cells | tuple[Cells, ...] = (),
     record: Record | None = None,
@@ -201,7 +203,7 @@ def program(
 ) -> Callable[[C], C]:
     """Register a class as the program *name*.
 
-    needs: reductions it yields ("sum", "gather", "stream") and anything else it requires of
+    needs: reductions it yields ("sum", "gather", "stream", "ready") and anything else it requires of
     the protection; offers: what it guarantees ("bounded", "resolution", "bounded-weight").
     calls: programs it runs by ``yield from``; sites answer no others within a study of it. (One that knows
     before it runs which programs, with which parameters, lists them built as ``self.parts`` instead.)
@@ -225,7 +227,9 @@ def program(
         cls.coordinate = coordinate
         cls.name, cls.version, cls.handlers, cls.calls = name, version, handlers, frozenset(calls or ())
         cls.parts = ()
-        cls.capabilities = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
+        cls.declared = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
+        if not isinstance(getattr(cls, "capabilities", None), property):  # else they follow from the parameters
+            cls.capabilities = cls.declared
         known = REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PlanError("program.duplicate", f"two programs are called {name}", field=name)

@@ -6,8 +6,8 @@ the reduced result; it never sees a socket, a thread, a clock or a file:
     total = yield Round("moments", Sum(), {"x": real(bound=300 * rows, step=1e-6), "n": count(bound=rows)})
     mean = total["x"] / total["n"]
 
-Also yielded: :class:`Metrics` (to be shown and stored) and :class:`Checkpoint`
-(so that earlier reductions can be forgotten). Both are sent ``None``.
+Also yielded: :class:`Together` (rounds at the same time), :class:`Metrics` (to be shown and stored) and
+:class:`Checkpoint` (so that earlier reductions can be forgotten; it is sent ``None``).
 """
 
 from __future__ import annotations
@@ -150,7 +150,17 @@ class Stream:
     tag: Literal["stream"] = "stream"
 
 
-Reduction = Sum | Gather | Stream
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The coordinator is told which site is ready next, and nothing else: a Stream whose replies have no fields.
+
+    What the site computed stays in its state until a later round asks for it.
+    """
+
+    tag: Literal["ready"] = "ready"
+
+
+Reduction = Sum | Gather | Stream | Ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +203,7 @@ class Gathered(Mapping[str, Mapping[str, Array]]):
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Result of Stream: one site's reply, the round that asked for it, and who is still busy."""
+    """Result of Stream, and of Ready (no values): one site's reply, and the round that asked for it."""
 
     site: str
     asked_round: int
@@ -213,7 +223,8 @@ class Round:
     reduce: the reduction the program needs.
     reply: the fields every site must answer with, and no others.
     send: arrays (or scalars) broadcast to all sites; *send_to*: extras for single sites.
-    sites: the subset asked (default: the whole cohort).
+    sites: the subset asked (default: the whole cohort). draw: so many of these, whom the plan's schedule chooses.
+    paced: a slow site may do less in it, where the plan's schedule says so (it is sent its "effort" in (0, 1]).
     optional: a site whose policy withholds this is left out instead of failing the run.
     program, params, stage, view, schema: filled in by the runtime (who handles it, on which view of which schema).
     """
@@ -224,6 +235,8 @@ class Round:
     send: Mapping[str, Any] = field(default_factory=dict)
     send_to: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: tuple[str, ...] | None = None
+    draw: int | None = None
+    paced: bool = False
     optional: bool = False
     program: str = ""
     params: Mapping[str, Json] = field(default_factory=dict)
@@ -233,8 +246,16 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class Together:
+    """Rounds that are asked at the same time; answered by the tuple of their results, in the same order."""
+
+    rounds: tuple[Round, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Metrics:
-    """Numbers worth showing while the program runs: stored with the run, plotted in the report."""
+    """Numbers worth showing while the program runs: stored with the run, plotted in the report. Answered by whether
+    the plan's schedule wants the program to come to its end now: its time or its traffic is used up."""
 
     step: int
     values: Mapping[str, float]
@@ -247,7 +268,7 @@ class Checkpoint:
     state: Mapping[str, Array]
 
 
-Yielded = Round | Metrics | Checkpoint
+Yielded = Round | Together | Metrics | Checkpoint
 Steps = Generator[Yielded, Any, Any]
 
 # ---------------------------------------------------------------- tasks

@@ -12,7 +12,7 @@ training diverges drops out. Cost: one round trip of the model's size per round 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +20,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from atoll.aggregation.rule import MEAN, Aggregation, Combined
 from atoll.compression.update import Compression
+from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler
-from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count
+from atoll.contract.rounds import Checkpoint, Gather, Metrics, Reply, Round, Steps, Sum, Task, Together, count
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches, within
@@ -36,12 +38,13 @@ from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
 
 State = dict[str, Array]
+Collecting = Generator[Any, Any, tuple[Update, tuple[str, ...]]]
 OFFERS = {"bounded", "resolution", "bounded-weight"}
 
 
 class FederatedParams(LocalParams):
     """decay: the learning rate of round t is learning_rate / (1 + decay · t). sites_per_round: how many are drawn for
-    each round (default: all). weighting: by "rows", or every site alike.
+    each round (default: all). weighting: by "rows", or every site alike. aggregate: how the sites' changes become one.
     clip: a site's change of any one weight per round is clipped to it (this is the bound); clip_norm_l2: and the
     change as a whole to this norm. evaluate_every: score on held-out rows after so many rounds."""
 
@@ -52,6 +55,7 @@ class FederatedParams(LocalParams):
     clip: float = Field(default=10.0, gt=0)
     clip_norm_l2: float | None = Field(default=None, gt=0)
     compress: Compression = Compression()
+    aggregate: Aggregation = Aggregation()
     evaluate_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
 
@@ -66,12 +70,19 @@ class Federated:
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
     "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
+    declared: ClassVar[Capabilities]
     told: ClassVar[tuple[str, ...]] = ("weights",)
     personal: ClassVar[bool] = False
     gaps: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Sums are enough for the mean, and for rules over groups of sites."""
+        needs = {"gather"} if self.params.aggregate.single else {"sum"}
+        return replace(self.declared, needs=self.declared.needs - {"sum"} | needs)
 
     def model(self, schema: TableSchema) -> Model:
         """The model it fits, before any fitting; what evaluation is then asked about."""
@@ -120,11 +131,10 @@ class Federated:
         last = state.pop("last", np.zeros(len(moving)))
         fields = self._fields(model, most, cohort.exact)
         for number in range(len(history), p.rounds):
-            support, asked = p.compress.support(last, cohort.seed, number), self._drawn(cohort, number)
+            support = p.compress.support(last, cohort.seed, number)
             sent = {**self._told(model, state, number), **({"support": support} if p.compress.keep < 1 else {})}
-            total = yield Round("train", Sum(), fields, sent, sites=asked)
-            update = Update.from_sum(total, tuple(name for name in fields if name != "weight"))
-            certain = cohort.exact and not self.gaps and asked is None  # that somebody has rows
+            update, sites = yield from self.collect(cohort, fields, sent, number)
+            certain = cohort.exact and not self.gaps and p.sites_per_round is None  # that somebody has rows
             some = update if certain else replace(update, weight=max(update.weight, 1.0))
             mean = {**some.mean(), "weight": np.array(update.weight)}
             last[support] = mean["weights"]
@@ -132,9 +142,9 @@ class Federated:
                 spread = np.zeros(self.size(model))
                 spread[moving[support] if name == "weights" else moving] = mean[name]
                 mean[name] = spread
-            self.step(state, mean, len(total.sites) / len(cohort.sites))
+            self.step(state, mean, len(sites) / len(cohort.sites))
             history.append(float(mean["loss"]))
-            yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
+            used_up = yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
             done = number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
                 yield from self._finish(model, state, done)
@@ -142,9 +152,48 @@ class Federated:
             if done % p.checkpoint_every == 0:
                 whole = {"last": last} if p.compress.keep < 1 else {}
                 yield Checkpoint({**state, **whole, "history": np.array(history)})
-        yield from self._finish(model, state, p.rounds)
+            if used_up:
+                break
+        yield from self._finish(model, state, len(history))
         more, model = self.reported(model, state), self.final(model, state)
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model), **more}
+        return {"model": model, "history": history, "iterations": len(history), **named(model), **more}
+
+    def collect(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int) -> Collecting:
+        """One round of the sites' training: (weighted sums of what they send, who is in them)."""
+        p, rule = self.params, self.params.aggregate
+        names = tuple(name for name in fields if name != "weight")
+        if rule.rule == MEAN:
+            total = yield Round("train", Sum(), fields, sent, draw=p.sites_per_round, paced=True)
+            return Update.from_sum(total, names), total.sites
+        if rule.single:
+            found = yield Round("train_single", Gather(), fields, sent, draw=p.sites_per_round, paced=True)
+            told = [(site, Update.from_sum(found[site], names)) for site in found.sites]
+        else:
+            groups = self._groups(cohort, number)
+            sums = yield Together(tuple(Round("train", Sum(), fields, sent, sites=group) for group in groups))
+            told = [(" + ".join(one.sites), Update.from_sum(one, names)) for one in sums]
+        some = [(name, update) for name, update in told if update.weight > 0]
+        means = [update.mean() for _, update in some]
+        weights = np.array([update.weight for _, update in some])
+        updates = {name: np.stack([mean[name] for mean in means]) for name in names}
+        combined = rule.combine(updates, weights, [name for name, _ in some])
+        weight = float(np.median(weights)) * len(weights)  # what sites say of themselves is not to be trusted
+        values = {name: value * weight for name, value in combined.values.items()}
+        self.judged(cohort, number, [name for name, _ in some], updates, weights, combined)
+        return Update(values, weight), tuple(name for name, _ in some)
+
+    def judged(
+        self, cohort: Cohort, number: int, names: Sequence[str], updates: Mapping[str, Array], weights: Array,
+        combined: Combined,
+    ) -> None:  # fmt: skip
+        """Take note of a round in which single updates, or those of groups, were seen."""
+
+    def _groups(self, cohort: Cohort, number: int) -> list[tuple[str, ...]]:
+        """The sites of a round in groups of nearly the same size, drawn by the plan's seed."""
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((cohort.seed, number, 4))))
+        order, wanted = random.permutation(len(cohort.sites)), self.params.aggregate.groups or 1
+        drawn = [np.sort(part) for part in np.array_split(order[: self.params.sites_per_round], wanted)]
+        return [tuple(cohort.sites[place] for place in part) for part in drawn if len(part)]
 
     def final(self, model: Model, state: State) -> Model:
         """The federation's model after a round."""
@@ -166,15 +215,6 @@ class Federated:
         """What is sent with round *number*."""
         told = {name: state[name].astype(model.dtype) for name in self.told}
         return told | ({"decay": np.array(1 / (1 + self.params.decay * number))} if self.params.decay else {})
-
-    def _drawn(self, cohort: Cohort, number: int) -> tuple[str, ...] | None:
-        """The sites of a round, drawn alike by everybody who knows the plan's seed; None: all."""
-        wanted = self.params.sites_per_round
-        if wanted is None or wanted >= len(cohort.sites):
-            return None
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((cohort.seed, number, 1))))
-        drawn = random.choice(len(cohort.sites), wanted, replace=False)
-        return tuple(cohort.sites[i] for i in sorted(drawn))
 
     # -- declared
 
@@ -224,7 +264,17 @@ class Federated:
         if params.decay:
             rate = params.learning_rate * float(np.clip(task.take("decay", ()), 0, 1))
             params = params.model_copy(update={"learning_rate": max(rate, np.finfo(float).tiny)})
+        if "effort" in task.arrays:
+            params = params.paced(float(np.clip(task.take("effort", ()), 0, 1)), len(examples))
         return Local(params, model, examples, site, task, still(model, self.params.freeze)), sent
+
+    @handler("train_single", reduce="gather")
+    def train_single(self, site: SiteView, task: Task) -> Reply:
+        """As "train", where the plan's rule needs every site's own change."""
+        if not self.params.aggregate.single:
+            raise PolicyError("policy.not-in-plan", "the plan asks for sums only", field="train_single",
+                              remedy="the coordinator does not keep the plan: do not go on with it")  # fmt: skip
+        return self.train(site, task)
 
     @handler("train", site=_per_site)
     def train(self, site: SiteView, task: Task) -> Reply:
@@ -239,7 +289,11 @@ class Federated:
         change = p.compress.carried(np.asarray(found["weights"], np.float64)[moving], support, site.state)
         found["weights"] = p.compress.rounded(p.bounded(change), p.clip, task)
         means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
-        return Update.of(means, len(at.examples) if p.weighting == "rows" else 1.0).reply()
+        return Update.of(means, self.weight(at, sent, means)).reply()
+
+    def weight(self, at: Local, sent: State, means: Mapping[str, Array]) -> float:
+        """How much the site's change counts, at most :meth:`_most`."""
+        return float(len(at.examples)) if self.params.weighting == "rows" else 1.0
 
     def _nothing(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
         return {"sites": Norms(0, 0)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,11 @@ class LocalParams(LearnerParams):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     freeze: tuple[str, ...] = ()
+
+    def paced(self, effort: float, rows: int) -> Self:
+        """With that share of the work: fewer mini-batches, at least one."""
+        steps = self.local_steps or self.local_epochs * -(-rows // self.batch_size)
+        return self.model_copy(update={"local_steps": max(1, round(effort * steps))})
 
 
 def layers_of(model: Model, names: tuple[str, ...]) -> Mask:

@@ -50,7 +50,7 @@ class Plain:
     name = "plain"
     reveals = True
     attempts = False
-    capabilities = Capabilities("protection 'plain'", offers=frozenset({"sum", "gather", "stream"}))
+    capabilities = Capabilities("protection 'plain'", offers=frozenset({"sum", "gather", "stream", "ready"}))
 
     def combine(
         self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]

@@ -8,6 +8,7 @@ reductions, in order, until it reaches the round that was open.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,16 +18,30 @@ from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import AtollError, ProtocolError, TransportError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
-from atoll.contract.protection import Exchange, Replies, find
-from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Metrics, Reduced, Round, Steps, Sum, Summed
+from atoll.contract.protection import REPLY, Exchange, Replies, find
+from atoll.contract.rounds import (
+    Arrival,
+    Checkpoint,
+    Gather,
+    Gathered,
+    Metrics,
+    Reduced,
+    Round,
+    Steps,
+    Sum,
+    Summed,
+    Together,
+)
+from atoll.contract.schedule import Schedule
 from atoll.contract.wire import Array, Json, Message
 from atoll.privacy.dp.release import Noise
-from atoll.runtime.courier import Courier, Flights, all_of, announce, described, session_of, unbroken
+from atoll.runtime.courier import Courier, Flights, all_of, announce, described, in_time, session_of, unbroken
 from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
 from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
 from atoll.runtime.results import Seen, summarise
 from atoll.runtime.roster import check_cohort
+from atoll.runtime.scheduler import Scheduler
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -106,6 +121,11 @@ class _Run:
         self.absent: dict[str, int] = {}
         self.dropouts: dict[str, str] = {}
         self.rows: dict[str, int] = {}
+        self.took: dict[int, dict[str, float]] = {}
+        self.scheduler = Scheduler(plan, self.sites)
+        for paces in owner.store.paces(run):
+            self.scheduler.note(*paces)
+        self.traffic_before = owner.store.spent(run, 2**31)[1]
         self.seen = Seen()
         self.began = time.monotonic()
 
@@ -118,7 +138,7 @@ class _Run:
         store = self.owner.store
         checkpoint = store.checkpoint(self.run)
         steps = study(self.plan, self.sites, checkpoint[1] if checkpoint else None)
-        value: Reduced | None = None
+        value: Reduced | tuple[Reduced, ...] | bool | None = None
         number = 0
         while True:
             ended, item = await asyncio.to_thread(_resumed, steps, value)  # a program may compute for long
@@ -128,16 +148,34 @@ class _Run:
             if isinstance(item, Metrics):
                 store.add_metrics(self.run, item.step, item.values)
                 self.tell(metrics=dict(item.values), step=item.step)
+                value = self.used_up(number)
             elif isinstance(item, Checkpoint):
                 if checkpoint is not None and checkpoint[0] > number:
                     number = checkpoint[0]
                 else:
                     store.save_checkpoint(self.run, number, "program", item.state)
+            elif isinstance(item, Together):
+                asked = enumerate(item.rounds, number)
+                value = tuple(await all_of(self.answered(one, place) for place, one in asked))
+                number += len(item.rounds)
             else:
-                stored = store.reduced(self.run, number)
-                value = self.replay(item, number, stored) if stored else await self.reduce(item, number)
+                value = await self.answered(item, number)
                 number += 1
-                self.seen.note(item, value)
+
+    async def answered(self, asked: Round, number: int) -> Reduced:
+        """A round's reduction: the stored one if there is one."""
+        stored = self.owner.store.reduced(self.run, number)
+        value = self.replay(asked, number, stored) if stored else await self.reduce(asked, number)
+        self.seen.note(asked, value)
+        return value
+
+    def used_up(self, number: int) -> bool:
+        """Did the rounds before *number* use up what the plan's schedule lets them?"""
+        schedule = self.plan.schedule
+        if schedule.stop_after_s is None and schedule.stop_after_bytes is None:
+            return False
+        seconds, size = self.owner.store.spent(self.run, number)
+        return seconds >= (schedule.stop_after_s or math.inf) or size >= (schedule.stop_after_bytes or math.inf)
 
     def replay(self, asked: Round, number: int, stored: Message) -> Reduced:
         """A stored reduction, as the generator was sent it the first time."""
@@ -149,7 +187,10 @@ class _Run:
     async def reduce(self, asked: Round, number: int) -> Reduced:
         """Have one round answered, reduced, acknowledged and stored."""
         began = time.monotonic()
-        sites = self.present(asked)
+        sites = self.scheduler.chosen(asked, number, self.present(asked))
+        if asked.paced and self.plan.schedule.effort_min < 1:
+            efforts = {site: {**asked.send_to.get(site, {}), "effort": self.scheduler.effort(site)} for site in sites}
+            asked = replace(asked, send_to=efforts)
         self.tell(round=number, name=f"{asked.program}/{asked.name}", sites=list(sites))
         replies: dict[str, list[Incoming]] = {}
         result: Reduced
@@ -161,8 +202,17 @@ class _Run:
             result = Gathered({site: incoming.arrays() for site, incoming in arrived.items()})
         else:
             result, replies = await self.next_arrival(asked, number, sites)
-        await self.finish(asked, number, result, replies, time.monotonic() - began)
+        await self.finish(asked, number, result, replies, time.monotonic() - began, self.paces(asked, number, sites))
         return result
+
+    def paces(self, asked: Round, number: int, sites: Sequence[str]) -> dict[str, tuple[float, float | None]]:
+        """What the schedule learns from a round; nothing, where it is none of its rounds."""
+        took = self.took.pop(number, {})
+        if not asked.paced or self.plan.schedule == Schedule():
+            return {}
+        efforts = {site: float(asked.send_to.get(site, {}).get("effort", 1.0)) for site in sites}
+        self.scheduler.note(efforts, took)
+        return {site: (effort, took.get(site)) for site, effort in efforts.items()}
 
     async def sum(
         self, asked: Round, number: int, sites: tuple[str, ...], replies: dict[str, list[Incoming]]
@@ -190,8 +240,9 @@ class _Run:
         return step
 
     async def finish(
-        self, asked: Round, number: int, result: Reduced, replies: Mapping[str, Sequence[Incoming]], seconds: float
-    ) -> None:
+        self, asked: Round, number: int, result: Reduced, replies: Mapping[str, Sequence[Incoming]], seconds: float,
+        paces: Mapping[str, tuple[float, float | None]],
+    ) -> None:  # fmt: skip
         """Store the reduction together with the signed ledger entries that acknowledge its releases."""
         chain, name, stored = self.owner.ledger.chain, f"{asked.program}/{asked.name}", pack(result, asked)
         about = {"run": self.run, "round": number, "program": asked.program, "handler": asked.name}
@@ -199,7 +250,8 @@ class _Run:
             mark = chain.seq, chain.head
             try:
                 entries, receipts = acknowledge(chain, about, replies, self.owner.receipts)
-                args = (self.run, number, asked.stage, name, seconds, stored, entries, receipts)
+                size = 0 if self.plan.schedule.stop_after_bytes is None else self.traffic_before + self.traffic()
+                args = (self.run, number, asked.stage, name, seconds, stored, entries, receipts, paces, size)
                 if sum(array.nbytes for array in stored.arrays.values()) > SMALL_BYTES:
                     await unbroken(asyncio.to_thread(self.owner.store.finish_round, *args))
                 else:
@@ -210,6 +262,10 @@ class _Run:
         self.courier.owe(receipts)
         for incoming in (incoming for incomings in replies.values() for incoming in incomings):
             incoming.close()
+
+    def traffic(self) -> int:
+        """Bytes of this run, since this process drives it."""
+        return sum(asdict(self.owner.transport.traffic[self.run]).values())
 
     def tell(self, **event: Any) -> None:
         """Tell whoever watches the run."""
@@ -263,6 +319,8 @@ class _Run:
                 self.sessions[site] = session_of(answer.meta)
                 if isinstance(rows := answer.meta.get("rows"), int):
                     self.rows[site] = rows
+                if isinstance(quality := answer.meta.get("quality"), float) and 0 < quality <= 1:
+                    self.scheduler.quality[site] = quality
         refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
 
     def waiting(self, sites: list[str]) -> None:
@@ -312,8 +370,11 @@ class _Run:
         """
 
         async def one(site: str) -> Incoming | None:
+            began = time.monotonic()
             try:
-                return await self.courier.ask(asked, number, exchange, site, attempt, question)
+                answer = await self.courier.ask(asked, number, exchange, site, attempt, question)
+                self.took.setdefault(number, {}).setdefault(site, time.monotonic() - began)
+                return answer
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
                 if _is_dropout(error):
@@ -322,7 +383,8 @@ class _Run:
                     raise
                 return None
 
-        answers = await all_of(one(site) for site in exchange.sites)
+        within = self.plan.schedule.within_s if asked.paced and exchange.step == REPLY else None
+        answers = await in_time((one(site) for site in exchange.sites), within, self.plan.cohort.min_sites)
         return {site: answer for site, answer in zip(exchange.sites, answers, strict=True) if answer is not None}
 
     async def next_arrival(
@@ -354,7 +416,7 @@ def _is_dropout(error: AtollError) -> bool:
     return (isinstance(error, TransportError) and not ours) or error.code in ("site.out-of-memory", "site.diverged")
 
 
-def _resumed(steps: Steps, value: Reduced | None) -> tuple[bool, Any]:
+def _resumed(steps: Steps, value: Any) -> tuple[bool, Any]:
     """Send a program a reduction: (False, what it yields), or (True, its result)."""
     try:
         return False, steps.send(value)

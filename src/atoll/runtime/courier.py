@@ -200,6 +200,24 @@ async def all_of(requests: Iterable[Any]) -> list[Any]:
         raise
 
 
+async def in_time(requests: Iterable[Any], within_s: float | None, least: int) -> list[Any]:
+    """As :func:`all_of`; None for those that did not answer within *within_s* seconds, once *least* have."""
+    if within_s is None:
+        return await all_of(requests)
+    tasks = [asyncio.ensure_future(request) for request in requests]
+    waiting = set(tasks)
+    try:
+        done, waiting = await asyncio.wait(waiting, timeout=within_s)
+        while waiting and not any(task.exception() for task in done) and len(done) < min(least, len(tasks)):
+            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done |= more
+        return [task.result() if task in done else None for task in tasks]
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def unbroken(work: Coroutine[Any, Any, None]) -> None:
     """Await *work* to its end even when cancelled: what a thread has begun to write it does write."""
     task = asyncio.ensure_future(work)

@@ -21,7 +21,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.privacy import Privacy
 from atoll.contract.program import Handler, Program, build, handler_of
 from atoll.contract.protection import find
-from atoll.contract.rounds import Field, Gathered, Round, Sum, Summed
+from atoll.contract.rounds import Arrival, Field, Gathered, Ready, Round, Stream, Sum, Summed, Together
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array, Json, canonical_json, to_json
@@ -172,14 +172,19 @@ def dry(plan: Plan) -> tuple[list[Round], bool]:
                 ended = True
                 break
             value = None
-            if isinstance(item, Round):
-                asked.append(item)
-                value = _nothing(item)
+            if isinstance(item, Round | Together):
+                these = item.rounds if isinstance(item, Together) else (item,)
+                asked.extend(these)
+                nothing = tuple(map(_nothing, these))
+                value = nothing if isinstance(item, Together) else nothing[0]
     steps.close()
     return asked, ended
 
 
-def _nothing(asked: Round) -> Summed | Gathered:
+def _nothing(asked: Round) -> Summed | Gathered | Arrival:
+    if isinstance(asked.reduce, Ready | Stream):
+        zeros = {n: np.zeros([size or 0 for size in f.shape], f.dtype) for n, f in asked.reply.items()}
+        return Arrival("a", 0, zeros)
     if not isinstance(asked.reduce, Sum):
         return Gathered({})
     arrays = {}

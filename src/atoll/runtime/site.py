@@ -159,6 +159,8 @@ class Site:
             raise PlanError("program.version", f"version {program.version} is installed here", field=program.name)
         name = str(meta["name"])
         handler = handler_of(program, name)
+        if handler.reduce == "ready" and meta["fields"]:
+            raise ProtocolError("task.field", "who only says that it is ready sends nothing else", field=name)
         if handler.reduce != meta["reduce"]:
             raise ProtocolError("task.reduction", f"its replies may only be asked for by {handler.reduce}")
         fields = {str(name): Field.from_json(value) for name, value in meta["fields"].items()}

@@ -61,6 +61,17 @@ ATTEMPTS = sa.Table(
     sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("attempt", sa.Integer, nullable=False),
 )  # fmt: skip
+PACES = sa.Table(
+    "paces", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("site", sa.String(64), primary_key=True),
+    sa.Column("effort", sa.Float, nullable=False), sa.Column("seconds", sa.Float),  # NULL: did not answer in time
+)  # fmt: skip
+TRAFFIC = sa.Table(
+    "traffic", _meta,
+    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+)  # fmt: skip
 LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True), sa.Column("line", sa.Text))
 SITES = sa.Table(
     "sites", _meta,
@@ -196,15 +207,44 @@ class RunStore:
 
     def finish_round(
         self, run: str, number: int, stage: str, name: str, seconds: float, reduced: Message,
-        entries: Sequence[Entry], receipts: Json,
+        entries: Sequence[Entry], receipts: Json, paces: Mapping[str, tuple[float, float | None]] | None = None,
+        traffic_bytes: int = 0,
     ) -> None:  # fmt: skip
-        """Store a reduction, the ledger entries acknowledging it, and the receipts owed to sites; all or nothing."""
+        """Store a reduction, the ledger entries acknowledging it, and the receipts owed to sites; all or nothing.
+
+        paces: for the schedule, by site: the share of work it was asked for, and how many seconds it took (None: did
+        not answer in time). traffic_bytes: of the run until now.
+        """
         with self._begin() as db:
             self._write_blob(db, run, f"round {number}", reduced)
             row = {"run": run, "number": number, "stage": stage, "name": name, "seconds": seconds}
             db.execute(ROUNDS.insert().values(receipts=json.dumps(receipts), **row))
             for entry in entries:
                 db.execute(LEDGER.insert().values(seq=entry["seq"], line=entry_line(entry).decode()))
+            if traffic_bytes:
+                db.execute(TRAFFIC.insert().values(run=run, number=number, bytes=traffic_bytes))
+            for site, (effort, took) in (paces or {}).items():
+                db.execute(PACES.insert().values(run=run, number=number, site=site, effort=effort, seconds=took))
+
+    def paces(self, run: str) -> list[tuple[dict[str, float], dict[str, float]]]:
+        """What the schedule knows of finished rounds, in order: (effort by site asked, seconds by who answered)."""
+        with self._begin() as db:
+            rows = list(db.execute(PACES.select().where(PACES.c.run == run).order_by(PACES.c.number, PACES.c.site)))
+        found: dict[int, tuple[dict[str, float], dict[str, float]]] = {}
+        for _, number, site, effort, seconds in rows:
+            asked, answered = found.setdefault(number, ({}, {}))
+            asked[site] = effort
+            if seconds is not None:
+                answered[site] = seconds
+        return list(found.values())
+
+    def spent(self, run: str, before: int) -> tuple[float, int]:
+        """(seconds, bytes) of a run's rounds before round number *before*; bytes only where its plan limits them."""
+        with self._begin() as db:
+            here = (ROUNDS.c.run == run, ROUNDS.c.number < before)
+            seconds = db.execute(sa.select(sa.func.sum(ROUNDS.c.seconds)).where(*here)).scalar()
+            last = sa.select(sa.func.max(TRAFFIC.c.bytes)).where(TRAFFIC.c.run == run, TRAFFIC.c.number < before)
+            return float(seconds or 0), int(db.execute(last).scalar() or 0)
 
     def reduced(self, run: str, number: int) -> Message | None:
         """The stored reduction of a round, or None."""

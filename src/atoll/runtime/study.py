@@ -19,7 +19,7 @@ from atoll.contract.errors import AtollError, PlanError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, relay
 from atoll.contract.protection import find
-from atoll.contract.rounds import Checkpoint, Gathered, Round, Steps, Sum, Summed
+from atoll.contract.rounds import Arrival, Checkpoint, Gather, Gathered, Round, Steps, Sum, Summed, Together
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json, canonical_json
 from atoll.data.recipe import Prepared
@@ -62,7 +62,7 @@ def check_plan(plan: Plan) -> Program:
 
 def default_protection(program: Program) -> str:
     """What a plan gets that names no protection: secagg, when all it asks for are sums; else PlanError."""
-    if program.capabilities.needs <= {"sum"}:
+    if program.capabilities.needs <= {"sum", "ready"}:
         return "secagg"
     raise PlanError(
         "plan.no-protection", f"the plan names no protection, and {program.name} needs more than sums",
@@ -88,6 +88,9 @@ def _check_columns(program: Program, schema: Any) -> None:
 def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
     """Raise PlanError where the run's settings and the program's do not fit each other."""
     by, drawn = plan.run.holdout_by, getattr(program.params, "sites_per_round", None)
+    if unknown := sorted(plan.schedule.priority.keys() - set(plan.cohort.sites or plan.schedule.priority)):
+        raise PlanError("plan.unknown-site", f"the cohort has no site {unknown[0]!r}", field="schedule.priority",
+                        remedy="name a site of cohort.sites")  # fmt: skip
     if drawn is not None and drawn < plan.cohort.min_sites:
         raise PlanError("plan.too-few-drawn", "a round would have fewer sites than the cohort's rule demands",
                         field="params.sites_per_round", remedy="raise it, or lower cohort.min_sites")  # fmt: skip
@@ -172,12 +175,21 @@ def _led_to(program: Program, schema: TableSchema) -> set[tuple[str, bytes]]:
         for _ in range(DRY_ROUNDS):
             item: Any = steps.send(value)
             value = None
-            if isinstance(item, Round):
-                found.add((item.program, canonical_json(item.params)))
-                zeros = {n: np.zeros([size or 0 for size in f.shape], f.dtype) for n, f in item.reply.items()}
-                value = Summed(zeros, ("a", "b", "c")) if isinstance(item.reduce, Sum) else Gathered({})
+            if isinstance(item, Round | Together):
+                these = item.rounds if isinstance(item, Together) else (item,)
+                found |= {(one.program, canonical_json(one.params)) for one in these}
+                nothing = tuple(map(_nothing, these))
+                value = nothing if isinstance(item, Together) else nothing[0]
     steps.close()
     return found
+
+
+def _nothing(asked: Round) -> Summed | Gathered | Arrival:
+    """What a round comes to when nobody has anything."""
+    zeros = {n: np.zeros([size or 0 for size in f.shape], f.dtype) for n, f in asked.reply.items()}
+    if isinstance(asked.reduce, Sum):
+        return Summed(zeros, ("a", "b", "c"))
+    return Gathered({}) if isinstance(asked.reduce, Gather) else Arrival("a", 0, zeros)
 
 
 NOISED = Capabilities("privacy (noised sums)", needs=frozenset({"bounded", "resolution"}), offers=frozenset())

@@ -72,7 +72,9 @@ class CkksSum:
                 "ckks.missing", "protection ckks needs TenSEAL, which is not installed", field="protection",
                 remedy="pip install 'atoll[he]'",
             )  # fmt: skip
-        return Capabilities("protection 'ckks'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum"}))
+        return Capabilities(
+            "protection 'ckks'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum", "ready"})
+        )
 
     def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
         """Ciphertexts made, and for the key holder decrypted."""

@@ -54,7 +54,7 @@ class Paillier(SecAgg):
 
     name = "paillier"
     capabilities = Capabilities(
-        "protection 'paillier'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum"})
+        "protection 'paillier'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum", "ready"})
     )
 
     def open_group(

@@ -76,7 +76,7 @@ class SecAgg:
     reveals = False
     attempts = True
     capabilities = Capabilities(
-        "protection 'secagg'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum"})
+        "protection 'secagg'", needs=frozenset({"bounded", "resolution"}), offers=frozenset({"sum", "ready"})
     )
 
     def open_group(
