@@ -60,6 +60,8 @@ class Cohort:
     min_sites: int = 1
     policy: Policy = field(default_factory=Policy.sandbox)
     run: str = "run"
+    some: tuple[str, ...] | None = None
+    """The round's cohort, where it is not all."""
     fields: Mapping[str, Field] = field(default_factory=lambda: FIELDS)
     sent: dict[tuple[str, str], Arrays] = field(default_factory=dict)
     told: dict[tuple[str, str], Arrays] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Cohort:
 
     def terms(self, number: int = 0, attempt: int = 0, question: str = "q") -> Terms:
         choice = Choice(sum="secagg", adversary=self.adversary)
-        return Terms(self.run, number, attempt, self.roster, "roster", self.min_sites, choice, question)
+        return Terms(self.run, number, attempt, self.roster, "roster", self.min_sites, choice, question, self.some)
 
     def reply(self, name: str, number: int = 0) -> Arrays:
         random = np.random.default_rng([number, *name.encode()])
@@ -108,7 +110,7 @@ class Cohort:
         """One round. gone: who drops out before answering a step. change: what a site is sent; lie: what it answers.
         until: stop after this step (StopIteration)."""
         terms = self.terms(number, attempt)
-        combining = SECAGG.combine(Round("r", Sum(), self.fields), self.names, terms, self.sessions)
+        combining = SECAGG.combine(Round("r", Sum(), self.fields), terms.cohort, terms, self.sessions)
         step: Exchange | Summed = next(combining)
         lost: set[str] = set()
         while isinstance(step, Exchange):
@@ -223,6 +225,24 @@ def test_a_sparse_graph_with_a_sixth_dropping_out(size: int, adversary: str) -> 
     found = cohort.aggregate(gone=gone)
     assert found.sites == tuple(there)
     exact(found, cohort.total(there), size)
+
+
+@pytest.mark.parametrize("adversary", ["curious", "active"])
+def test_a_sum_among_some_survives_what_their_number_allows(adversary: str) -> None:
+    cohort = Cohort(9, adversary, some=("s001", "s004", "s005", "s007"))
+    found = cohort.aggregate(gone={"reply": ["s004"]})
+    assert found.sites == ("s001", "s005", "s007")
+    exact(found, cohort.total(found.sites), 4)
+    cohort.some = ("s000", "s002", "s004")
+    exact(cohort.aggregate(1), cohort.total(cohort.some, 1), 3)
+
+
+def test_a_round_begun_anew_among_others_has_no_second_sum() -> None:
+    """Of the same number of sites: what each signed names them, not their places."""
+    cohort = Cohort(6, some=("s000", "s001", "s002", "s003"))
+    cohort.up_to("agree")
+    cohort.some = ("s000", "s001", "s002", "s004")
+    refused(DisclosureError, "disclosure.cohort-differencing", lambda: cohort.aggregate(0, 1), "agree")
 
 
 # ---------------------------------------------------------------- what is told

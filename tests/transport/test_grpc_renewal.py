@@ -17,7 +17,7 @@ from atoll.contract.wire import Message
 from atoll.crypto import pki
 from atoll.runtime.home import SiteHome
 from atoll.runtime.serve import CoordinatorServer, serve_site
-from atoll.transport.grpc import call_unary, on_channel
+from atoll.transport.grpc import _configuration, call_unary, on_channel
 
 DAY_S = 86_400
 
@@ -30,7 +30,7 @@ def good(hq: Any, certificate: bytes) -> bool:
     try:
         hq.home.authorise(hq.store, certificate)
     except IntegrityError as error:
-        assert error.code == "certificate.revoked" and error.remedy
+        assert error.code in ("certificate.revoked", "certificate.expired") and error.remedy
         return False
     return True
 
@@ -54,6 +54,28 @@ async def test_a_short_lived_certificate_renews_itself_while_the_site_works(head
     assert hq.connected == ["a", "a"] and set(hq.states["a"]) == {"connected", "disconnected"}
     assert good(hq, pem(home)) and not good(hq, first)
     assert not list(home.folder.glob("*.new"))
+
+
+async def test_an_expired_certificate_is_refused_beyond_tls(headquarters: Any, monkeypatch: Any) -> None:
+    """A TLS session that is resumed does not look at the certificate's end again."""
+    hq = await headquarters(certificate_days=1).listen()
+    certificate, later = pem(await hq.enrol("a")), pki.now() + dt.timedelta(days=2)
+    assert hq.home.authorise(hq.store, certificate) == "a"
+    monkeypatch.setattr(pki, "now", lambda: later)
+    with pytest.raises(IntegrityError) as error:
+        hq.home.authorise(hq.store, certificate)
+    assert error.value.code == "certificate.expired" and error.value.where == {} and error.value.field == "a"
+
+
+def test_handshakes_get_another_configuration_only_for_a_renewed_certificate(headquarters: Any) -> None:
+    """gRPC frees the one before while other handshakes use it."""
+    ca = pki.CertificateAuthority.create("tests")
+    pairs = [ca.issue_server(["127.0.0.1"]), ca.issue_server(["127.0.0.1"])]
+    now = [pairs[0]]
+    first, renewed = _configuration(lambda: now[0], ca.pem)
+    assert first is not None and [renewed() for _ in range(3)] == [None] * 3
+    now[0] = pairs[1]
+    assert renewed() is not None and renewed() is None
 
 
 async def test_a_renewal_does_not_disturb_what_is_under_way(headquarters: Any) -> None:

@@ -135,6 +135,9 @@ class Program(Protocol):
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps: ...
 
+    def fewest(self, num_sites: int) -> int:
+        """Of a cohort of so many, the fewest among whom one of its sums is made; sites refuse a narrower one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Handler:
@@ -230,6 +233,8 @@ def program(
         cls.declared = Capabilities(name, frozenset(needs or {"sum"}), frozenset(offers or ()))
         if not isinstance(getattr(cls, "capabilities", None), property):  # else they follow from the parameters
             cls.capabilities = cls.declared
+        if not hasattr(cls, "fewest"):
+            cls.fewest = _all_of_them
         known = REGISTRY.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise PlanError("program.duplicate", f"two programs are called {name}", field=name)
@@ -237,6 +242,10 @@ def program(
         return cls
 
     return register
+
+
+def _all_of_them(self: Any, num_sites: int) -> int:  # noqa: ARG001
+    return num_sites
 
 
 def build(name: str, params: Mapping[str, Json]) -> Program:

@@ -45,7 +45,8 @@ class Choice(BaseModel):
 class Terms:
     """What all parties agree on before a round; it enters every key's label and every signature.
 
-    roster: the cohort's public identity keys (raw) by site, ordered by name. roster_hash: of it. attempt:
+    roster: the run's public identity keys (raw) by site, ordered by name. roster_hash: of it. cohort: the sites among
+    whose replies the sum is made, ordered by name: all of the roster, where a round is not one of some. attempt:
     how often the coordinator began the round anew. min_sites: fewest whose sum the plan accepts. question: digest of
     what the program asks in this round, the same of every site: else one site's reply could be added to known ones.
     """
@@ -58,10 +59,18 @@ class Terms:
     min_sites: int
     choice: Choice
     question: str = ""
+    some: tuple[str, ...] | None = None
+
+    @property
+    def cohort(self) -> tuple[str, ...]:
+        """See above."""
+        return tuple(self.roster) if self.some is None else self.some
 
     def label(self, *parts: str | int) -> tuple[str | int, ...]:
-        """Names one purpose within this attempt at this round, and its question, of this run among this roster."""
-        return (self.run, self.roster_hash, self.round, self.attempt, self.question, *parts)
+        """Names one purpose within this attempt at this round of this cohort, and its question, of this run among this
+        roster."""
+        some = () if self.some is None else ("of", str(len(self.some)), *self.some)
+        return (self.run, self.roster_hash, self.round, self.attempt, self.question, *some, *parts)
 
 
 class Received(Protocol):

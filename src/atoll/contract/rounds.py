@@ -223,7 +223,9 @@ class Round:
     reduce: the reduction the program needs.
     reply: the fields every site must answer with, and no others.
     send: arrays (or scalars) broadcast to all sites; *send_to*: extras for single sites.
-    sites: the subset asked (default: the whole cohort). draw: so many of these, whom the plan's schedule chooses.
+    sites: the subset asked (default: the whole cohort). among: its sum is one among these alone, as of a draw or a
+    group, and no survivors of the whole cohort are waited for (the program's ``fewest`` says how few these may be).
+    draw: so many of these, whom the plan's schedule chooses.
     paced: a slow site may do less in it, where the plan's schedule says so (it is sent its "effort" in (0, 1]).
     optional: a site whose policy withholds this is left out instead of failing the run.
     program, params, stage, view, schema: filled in by the runtime (who handles it, on which view of which schema).
@@ -235,6 +237,7 @@ class Round:
     send: Mapping[str, Any] = field(default_factory=dict)
     send_to: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sites: tuple[str, ...] | None = None
+    among: bool = False
     draw: int | None = None
     paced: bool = False
     optional: bool = False

@@ -158,6 +158,11 @@ class Federated:
         more, model = self.reported(model, state), self.final(model, state)
         return {"model": model, "history": history, "iterations": len(history), **named(model), **more}
 
+    def fewest(self, num_sites: int) -> int:
+        """Those drawn for a round, or a group of them."""
+        drawn = min(self.params.sites_per_round or num_sites, num_sites)
+        return drawn // (self.params.aggregate.groups or 1)
+
     def collect(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int) -> Collecting:
         """One round of the sites' training: (weighted sums of what they send, who is in them)."""
         p, rule = self.params, self.params.aggregate
@@ -170,7 +175,9 @@ class Federated:
             told = [(site, Update.from_sum(found[site], names)) for site in found.sites]
         else:
             groups = self._groups(cohort, number)
-            sums = yield Together(tuple(Round("train", Sum(), fields, sent, sites=group) for group in groups))
+            sums = yield Together(
+                tuple(Round("train", Sum(), fields, sent, sites=group, among=True) for group in groups)
+            )
             told = [(" + ".join(one.sites), Update.from_sum(one, names)) for one in sums]
         some = [(name, update) for name, update in told if update.weight > 0]
         means = [update.mean() for _, update in some]

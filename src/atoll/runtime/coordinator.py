@@ -188,6 +188,8 @@ class _Run:
         """Have one round answered, reduced, acknowledged and stored."""
         began = time.monotonic()
         sites = self.scheduler.chosen(asked, number, self.present(asked))
+        if asked.draw is not None or (asked.paced and self.plan.schedule.priority):
+            asked = replace(asked, sites=sites, among=len(sites) >= (asked.draw or 1))
         if asked.paced and self.plan.schedule.effort_min < 1:
             efforts = {site: {**asked.send_to.get(site, {}), "effort": self.scheduler.effort(site)} for site in sites}
             asked = replace(asked, send_to=efforts)
@@ -221,7 +223,7 @@ class _Run:
         protection, fields = find(self.plan.protection.sum), asked.reply
         attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
         question = "" if protection.reveals else question_digest(described(asked), asked.send)
-        terms = self.courier.terms(number, attempt, question)
+        terms = self.courier.terms(asked, number, attempt, question)
         if self.noise is not None:
             fields = with_room(self.noise, self.plan, asked, number)
         combining = protection.combine(replace(asked, reply=fields), sites, terms, self.sessions)

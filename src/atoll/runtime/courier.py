@@ -30,10 +30,12 @@ class Courier:
         self._keys = {site: bytes.fromhex(key) for site, key in sorted(roster.items())}
         self._owed: dict[str, list[Json]] = {}
 
-    def terms(self, number: int, attempt: int, question: str) -> Terms:
+    def terms(self, asked: Round, number: int, attempt: int, question: str) -> Terms:
         """What all parties agree on before a round."""
         least, choice = self._plan.cohort.min_sites, self._plan.protection
-        return Terms(self._run, number, attempt, self._keys, self._roster_hash, least, choice, question)
+        return Terms(
+            self._run, number, attempt, self._keys, self._roster_hash, least, choice, question, cohort_of(asked)
+        )
 
     def owe(self, receipts: Mapping[str, list[Json]]) -> None:
         """Sites are to be sent these receipts with what they are sent next."""
@@ -59,6 +61,7 @@ class Courier:
             **task.to_json(),
             **described(asked),
             "question": question,
+            "cohort": cohort_of(asked),
             "receipts": owed,
         }
         own = {OWN + name: value for name, value in {**exchange.send, **exchange.send_to.get(site, {})}.items()}
@@ -144,6 +147,11 @@ class Flights:
         """Wait for nobody any more."""
         for task in self._flying:
             task.cancel()
+
+
+def cohort_of(asked: Round) -> tuple[str, ...] | None:
+    """The sites among whose replies a round's sum is made; None: all of the roster."""
+    return tuple(sorted(asked.sites)) if asked.among and asked.sites is not None else None
 
 
 def described(asked: Round) -> dict[str, Json]:

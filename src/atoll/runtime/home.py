@@ -146,6 +146,11 @@ class CoordinatorHome:
     def authorise(self, store: RunStore, certificate_pem: bytes) -> str:
         """The enrolled, unrevoked site that a certificate of our CA belongs to; raises IntegrityError."""
         site, fingerprint = pki.read_site_certificate(certificate_pem, self.ca)
+        if pki.expired(certificate_pem):  # a TLS session that is resumed does not look again
+            raise IntegrityError(
+                "certificate.expired", "the site's certificate has expired", field=site,
+                remedy="ask the coordinator's operator for a new invitation",
+            )  # fmt: skip
         row = store.sites().get(site)
         good = row["certificates"].split() if row and row["public_key"] and not row["revoked"] else []
         if fingerprint not in good:

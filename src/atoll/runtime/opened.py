@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError
+from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build
 from atoll.contract.protection import Protection, Terms
@@ -93,13 +93,35 @@ class Opened:
             self._data = data
         return self._data.parts(view)
 
-    def party(self, task: TaskId, sent: Mapping[str, Array], protection: Protection, meta: Mapping[str, Json]) -> Own:
-        """What *protection* may use for a task with this *meta*."""
+    def party(
+        self, task: TaskId, sent: Mapping[str, Array], protection: Protection, meta: Mapping[str, Json],
+        program: Program,
+    ) -> Own:  # fmt: skip
+        """What *protection* may use for a task with this *meta*. Raises PolicyError for a sum among fewer sites than
+        the plan leads to."""
         least, choice, question = self.plan.cohort.min_sites, self.plan.protection, str(meta.get("question", ""))
-        terms = Terms(task.run, task.round, task.attempt, self.roster, self.roster_hash, least, choice, question)
+        some = self._cohort(meta.get("cohort"), program)
+        terms = Terms(task.run, task.round, task.attempt, self.roster, self.roster_hash, least, choice, question, some)
         state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
         me = self._identity
         return Own(me.name, terms, self._session, sent, state, me.sign, self._policy)
+
+    def _cohort(self, told: Json, program: Program) -> tuple[str, ...] | None:
+        """The sites among whose replies a sum is made, as the coordinator tells it."""
+        if told is None:
+            return None
+        names = tuple(told) if isinstance(told, list) else ()
+        if not all(isinstance(name, str) for name in names) or list(names) != sorted(set(names) & self.roster.keys()):
+            raise ProtocolError("task.cohort", "a round's sites are not sites of the roster", field="cohort")
+        fewest = program.fewest(len(self.roster))
+        if self.plan.schedule.priority:
+            fewest = min(fewest, self.plan.cohort.min_sites)
+        if self._identity.name not in names or len(names) < fewest:
+            raise PolicyError(
+                "policy.narrow-sum", f"a sum among {len(names)} sites was asked for, and the plan leads to {fewest}",
+                field="cohort", remedy="the coordinator does not keep the plan: do not go on with it",
+            )  # fmt: skip
+        return names
 
     def random(self, number: int, purpose: str) -> Callable[[str], Stream]:
         """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""

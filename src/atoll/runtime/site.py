@@ -169,7 +169,7 @@ class Site:
         opened.check_planned(task.round, meta, fields)
         protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
         sent, exchanged = parted(message.arrays)
-        party, digest = opened.party(task, exchanged, protection, meta), question_digest(meta, message.arrays)
+        party, digest = opened.party(task, exchanged, protection, meta, program), question_digest(meta, message.arrays)
         asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest)
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)

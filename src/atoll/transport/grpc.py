@@ -31,6 +31,8 @@ from atoll.transport.spool import Incoming
 
 log = logging.getLogger("atoll.transport")
 SERVICE = "atoll.Federation"
+RENEWAL_PAUSE_S = 0.1
+"""For TLS handshakes that began under the server's old certificate."""
 OPTIONS = [
     ("grpc.max_receive_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
     ("grpc.max_send_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
@@ -185,10 +187,8 @@ class GrpcTransport:
         for methods, wanted, mutual in ((handlers, port, True), (enrolment, enrol_port, False)):
             server = grpc.aio.server(options=OPTIONS)
             server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
-            configuration = _configuration(server_pair, ca_pem if mutual else None)
-            credentials = grpc.dynamic_ssl_server_credentials(
-                configuration(), configuration, require_client_authentication=mutual
-            )
+            first, renewed = _configuration(server_pair, ca_pem if mutual else None)
+            credentials = grpc.dynamic_ssl_server_credentials(first, renewed, require_client_authentication=mutual)
             try:
                 bound = server.add_secure_port(join_address(host, wanted), credentials)
             except RuntimeError:
@@ -292,11 +292,30 @@ class GrpcTransport:
         return call
 
 
-def _configuration(server_pair: Callable[[], tuple[bytes, bytes]], client_ca: bytes | None) -> Callable[[], Any]:
-    def make() -> Any:
-        return grpc.ssl_server_certificate_configuration([server_pair()], root_certificates=client_ca)
+def _configuration(
+    server_pair: Callable[[], tuple[bytes, bytes]], client_ca: bytes | None
+) -> tuple[Any, Callable[[], Any]]:
+    """The TLS configuration to begin with, and the callable asked at every handshake: None while it is the same.
 
-    return make
+    gRPC frees the old configuration when it gets another one, even if a handshake in another thread has just
+    begun with it, and then crashes (grpc/grpc#36693). So it gets another one only for a renewed certificate,
+    after a pause that lets handshakes that asked before take hold of the old one.
+    """
+
+    def make(pair: tuple[bytes, bytes]) -> Any:
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=client_ca)
+
+    used = server_pair()
+
+    def renewed() -> Any:
+        nonlocal used
+        if (pair := server_pair()) == used:
+            return None
+        time.sleep(RENEWAL_PAUSE_S)
+        used = pair
+        return make(pair)
+
+    return make(used), renewed
 
 
 # ---------------------------------------------------------------- site

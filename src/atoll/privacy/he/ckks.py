@@ -87,7 +87,7 @@ class CkksSum:
         self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]
     ) -> Generator[Exchange, Replies, Summed]:
         """key → reply → agree → decrypt."""
-        limbs, needed = Limbs(asked.reply, len(terms.roster)), quorum(terms)
+        limbs, needed = Limbs(asked.reply, len(terms.cohort)), quorum(terms)
         key = yield from open_key(SCHEME, sites, terms, opaque(MAX_PUBLIC_BYTES))
         try:
             public = _public(key.data)
@@ -107,7 +107,7 @@ class CkksSum:
         signatures = {site: reply.array("signature").copy() for site, reply in agreed.items()}
         opened = yield Exchange(
             DECRYPT, (key.holder,), {"values": Field("<f8", (limbs.num_values,))},
-            {"total": total, **dense("signatures", SIGNATURE_BYTES, tuple(terms.roster), signatures)},
+            {"total": total, **dense("signatures", SIGNATURE_BYTES, terms.cohort, signatures)},
         )  # fmt: skip
         if key.holder not in opened:
             raise gone(DECRYPT)
@@ -120,7 +120,7 @@ class CkksSum:
         if step == KEY:
             return publish(SCHEME, party, _fresh)
         if step == REPLY:
-            return self._encrypted(party, reply, Limbs(fields, len(party.terms.roster)))
+            return self._encrypted(party, reply, Limbs(fields, len(party.terms.cohort)))
         if step == AGREE:
             if "agreed" in begun(party, "values"):
                 raise ProtocolError("secagg.order", "survivors are agreed on once, after the replies", field=AGREE)

@@ -115,7 +115,7 @@ class Cells:
                 "he.key-size", f"a public key of {self._public.bits} bits instead of {bits}", field=key.holder,
                 remedy="the key holder does not keep the plan: do not go on with it",
             )  # fmt: skip
-        self._slots = Slots(fields, len(terms.roster), bits)
+        self._slots = Slots(fields, len(terms.cohort), bits)
 
     def declared(self) -> dict[str, Field]:
         return {"cells": _bytes(self._slots.num_cells, self._public.ciphertext_bytes)}

@@ -6,6 +6,7 @@ a site in common, so a coordinator never has enough signatures for both (Bonawit
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,8 +28,8 @@ OF_RUN = "run: "
 
 
 def quorum(terms: Terms) -> int:
-    """How many of the roster must sign a set of survivors."""
-    return threshold(len(terms.roster), terms.choice.adversary)
+    """How many of the round's cohort must sign a set of survivors."""
+    return threshold(len(terms.cohort), terms.choice.adversary)
 
 
 def enough(there: int, needed: int, step: str) -> None:
@@ -41,8 +42,8 @@ def enough(there: int, needed: int, step: str) -> None:
 
 
 def survivors_of(terms: Terms, replied: Mapping[str, object]) -> Bytes:
-    """Who *replied*, as every site is told it: one byte a site of the roster."""
-    return np.array([site in replied for site in terms.roster], np.uint8)
+    """Who *replied*, as every site is told it: one byte a site of the round's cohort."""
+    return np.array([site in replied for site in terms.cohort], np.uint8)
 
 
 def sign_survivors(party: Party, strangers: Sequence[str] = ()) -> dict[str, Array]:
@@ -52,7 +53,7 @@ def sign_survivors(party: Party, strangers: Sequence[str] = ()) -> dict[str, Arr
     set was signed before in this round.
     """
     terms, state, told = party.terms, party.state, party.sent.get("survivors")
-    if told is None or told.shape != (len(terms.roster),) or told.dtype != np.uint8:
+    if told is None or told.shape != (len(terms.cohort),) or told.dtype != np.uint8:
         raise ProtocolError("secagg.survivors", "a set of survivors is malformed", field="survivors")
     survivors = _named(terms, told)
     unknown = [site for site in survivors if site in strangers]
@@ -62,20 +63,21 @@ def sign_survivors(party: Party, strangers: Sequence[str] = ()) -> dict[str, Arr
             field=", ".join(unknown) or party.name,
         )  # fmt: skip
     enough(len(survivors), max(quorum(terms), terms.min_sites), AGREE)
-    if "signed" in state and not np.array_equal(state["signed"] != 0, told != 0):
+    names = array(hashlib.sha256(label("survivors", *survivors)).digest())  # another attempt may be of another cohort
+    if "signed" in state and not np.array_equal(state["signed"], names):
         raise DisclosureError(
             "disclosure.cohort-differencing", "another set of survivors was signed before in this round",
             field=AGREE, remedy="bring the same sites back, or submit again",
         )  # fmt: skip
     party.commit(survivors)
-    state["signed"] = state["agreed"] = told.copy()
+    state["signed"], state["agreed"] = names, told.copy()
     return {"signature": array(party.sign(_claim(terms, told)))}
 
 
 def check_agreed(party: Party, step: str) -> tuple[str, ...]:
     """At a site: the survivors, after checking that enough of them signed the very set that this site did."""
     terms, told = party.terms, party.state["agreed"]
-    signatures = listed(party, "signatures", SIGNATURE_BYTES, tuple(terms.roster))
+    signatures = listed(party, "signatures", SIGNATURE_BYTES, terms.cohort)
     survivors = _named(terms, told)
     enough(len(signatures.keys() & set(survivors)), quorum(terms), step)
     for site, signature in signatures.items():
@@ -95,7 +97,7 @@ def check_signed(terms: Terms, site: str, signature: bytes, about: bytes) -> Non
 
 
 def _named(terms: Terms, told: Array) -> tuple[str, ...]:
-    return tuple(site for site, there in zip(terms.roster, told, strict=True) if there)
+    return tuple(site for site, there in zip(terms.cohort, told, strict=True) if there)
 
 
 def _claim(terms: Terms, told: Array) -> bytes:

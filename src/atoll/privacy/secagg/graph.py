@@ -62,7 +62,7 @@ def degree(num_sites: int, adversary: str) -> int:
 
 def neighbours(terms: Terms) -> dict[str, tuple[str, ...]]:
     """Every site's neighbours, without itself, ordered by name."""
-    sites = tuple(terms.roster)
+    sites = terms.cohort
     k = degree(len(sites), terms.choice.adversary)
     if k >= len(sites) - 1:
         return {site: tuple(other for other in sites if other != site) for site in sites}

@@ -9,15 +9,17 @@ Messages, four exchanges a round:
  shares   each site makes a mask key and a self-mask seed, signs the key (and a commitment to the seed), and seals a
           Shamir share of both for every neighbour.
  reply    each site adds to its fixed-point vector the self mask and, for each neighbour that answered, plus or minus
-          the pair's mask (X25519 → HKDF with run, roster, round, attempt and pair → AES-CTR). The masked vector leaves.
+          the pair's mask (X25519 → HKDF with run, roster, round, cohort and pair → AES-CTR). The masked vector leaves.
  agree    the coordinator says whose vectors arrived: the survivors. Each site durably signs *one* such set.
  unmask   shown enough signatures on that same set, each site opens one share for each neighbour: of the self
           mask of a survivor, of the mask key of one that dropped out. Never both.
 What each party learns: the coordinator the sum over the survivors and who they are; nobody anything else. A share or
 key that does not match what was signed is refused.
 Threat model: curious coordinator and fewer than the threshold t of colluding sites, t > n/2; active coordinator,
-t > 2n/3. Sites may send wrong vectors: the sum is then wrong, within its bounds, or refused. n is the roster's size: a
-coordinator cannot split the cohort in parts that it sums one by one. The colluding learn the sum over the others.
+t > 2n/3. Sites may send wrong vectors: the sum is then wrong, within its bounds, or refused. n is the size of the
+round's cohort: the roster, or where the plan leads to sums among some (draws, groups, who is ready), these, and sites
+refuse fewer than the plan leads to: a coordinator cannot split a cohort in parts that it sums one by one. The colluding
+learn the sum over the others.
 Dropout: at any step down to the threshold the survivors' sum comes out of the same round. A vector that arrives after
 the set is signed stays hidden: only its pair masks are known. A round begun anew has new keys, and a site signs the
 same set for it as before, or none: two sums of one round could be subtracted.
@@ -84,11 +86,11 @@ class SecAgg:
     ) -> Generator[Exchange, Replies, Group]:
         """Where replies of *fields* are added up, at the coordinator, which may have to ask *sites* for it."""
         yield from ()
-        return Ring(fields, len(terms.roster))
+        return Ring(fields, len(terms.cohort))
 
     def join_group(self, fields: Mapping[str, Field], party: Party) -> Group:
         """The same at a site, which is asked for its reply."""
-        return Ring(fields, len(party.terms.roster))
+        return Ring(fields, len(party.terms.cohort))
 
     def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
         """Masks for every neighbour, and two key agreements and three signatures' checks with each."""
@@ -104,7 +106,7 @@ class SecAgg:
     ) -> Generator[Exchange, Replies, Summed]:
         """shares → reply → agree → unmask, each asked of those that answered the last."""
         group = yield from self.open_group(asked.reply, sites, terms)
-        around, names = neighbours(terms), tuple(terms.roster)
+        around, names = neighbours(terms), terms.cohort
         width, needed = len(around[names[0]]), quorum(terms)
         here = {site: array(sessions[site]) for site in sites if site in sessions}
 
