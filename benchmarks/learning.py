@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,13 @@ class Learned:
     arrays: dict[str, Array]
 
 
-def learn(plan: Plan, tables: Mapping[str, Table]) -> Learned:
-    """Run *plan* over *tables*: the whole runtime, on the local transport."""
+Watch = Callable[[Mapping[str, Array], int, int], None]
+"""(the program's state at a checkpoint, bytes to the sites until then, bytes from them)."""
+
+
+def learn(plan: Plan, tables: Mapping[str, Table], watch: Watch | None = None) -> Learned:
+    """Run *plan* over *tables*: the whole runtime, on the local transport. watch: told of each round's checkpoint (with
+    ``checkpoint_every: 1``)."""
     load_installed()
     settle()
     plan = settled(plan)
@@ -66,7 +71,16 @@ def learn(plan: Plan, tables: Mapping[str, Table]) -> Learned:
         run = store.create_run(plan, tuple(tables))
         transport = LocalTransport(endpoints)
         held.callback(transport.close)
-        asyncio.run(Coordinator(transport, store, ledger).run(run))
+        told = set[int]()
+
+        def listen(event: Mapping[str, Any]) -> None:
+            kept = store.checkpoint(run) if watch is not None and "round" in event else None
+            if kept is not None and watch is not None and kept[0] not in told:
+                told.add(kept[0])
+                traffic = transport.traffic[run]
+                watch(kept[1], traffic.to_sites_bytes, traffic.from_sites_bytes)
+
+        asyncio.run(Coordinator(transport, store, ledger, on_event=listen).run(run))
         return Learned(*store.result(run))
 
 
@@ -95,6 +109,7 @@ class Desk:
     state: dict[str, Array] = field(default_factory=dict)
     personal: dict[str, Array] = field(default_factory=dict)
     min_group_size: int = 1
+    mail: Any = None
 
     def progress(self, done: float, total: float) -> None:
         """Nobody watches."""

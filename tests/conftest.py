@@ -40,6 +40,7 @@ from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Message, encode_bytes
 from atoll.crypto.identity import Identity, verify
 from atoll.crypto.prg import Stream, derive
+from atoll.crypto.session import Session
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
@@ -47,6 +48,7 @@ from atoll.ledger.verify import Verified, verify_file, verify_together
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.coordinator import Coordinator
 from atoll.runtime.journal import Journal
+from atoll.runtime.mail import Mailbox
 from atoll.runtime.policy import Policy
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
@@ -266,6 +268,7 @@ class Desk:
     state: dict[str, Any] = field(default_factory=dict)
     personal: dict[str, Any] = field(default_factory=dict)
     min_group_size: int = 1
+    mail: Any = None
 
     def progress(self, done: float, total: float) -> None:
         """Nobody watches."""
@@ -287,6 +290,8 @@ class Driven:
     """(number of the round it comes before, state)."""
     kept: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     """What every site's state was at each checkpoint."""
+    flying: list[list[Arrival]] = field(default_factory=list)
+    """What was in flight at each checkpoint."""
     desks: dict[str, Desk] = field(default_factory=dict)
 
 
@@ -300,13 +305,20 @@ def _drive(
     kept: Mapping[str, Mapping[str, Any]] | None = None,
     check_bounds: bool = True,
     rule: Rule = Rule(),  # noqa: B008
+    flying: Sequence[Arrival] = (),
+    arrives: Callable[[Sequence[Arrival]], int] = lambda _: 0,
 ) -> Driven:
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
     small = rule.min_group_size
     desks = {n: Desk(n, t, (holdouts or empty)[n], min_group_size=small) for n, t in tables.items()}
+    identities = {name: Identity.generate(name) for name in desks}
+    roster = {name: identity.public for name, identity in sorted(identities.items())}
+    for name, desk in desks.items():
+        session = Session(derive(b"\0" * 32, "session", name))
+        desk.mail = Mailbox(name, "0" * 32, "test", session, identities[name].sign, roster, "")
     for name, state in (kept or {}).items():
         desks[name].state = dict(state)
-    driven, value, in_flight = Driven(desks=desks), None, []
+    driven, value, in_flight = Driven(desks=desks), None, list(flying)
 
     def answered(item: Round) -> Any:
         number = first_round + len(driven.rounds)
@@ -335,7 +347,7 @@ def _drive(
             value = Gathered(replies)
         else:
             in_flight.extend(Arrival(name, number, reply) for name, reply in replies.items())
-            value = in_flight.pop(0)
+            value = in_flight.pop(arrives(in_flight))
         driven.reduced.append(value)
         return value
 
@@ -348,9 +360,11 @@ def _drive(
         value = None
         if isinstance(item, Metrics):
             driven.metrics.append(item)
+            value = False
         elif isinstance(item, Checkpoint):
             driven.checkpoints.append((first_round + len(driven.rounds), item))
             driven.kept.append({name: dict(desk.state) for name, desk in desks.items()})
+            driven.flying.append(list(in_flight))
         elif isinstance(item, Together):
             value = tuple(answered(one) for one in item.rounds)
         else:
@@ -373,6 +387,7 @@ def drive() -> Callable[..., Driven]:
     """``drive(steps, tables, holdouts=None, absent=…)``: a program's two halves run against each other.
 
     Every reply must have exactly the declared fields, dtypes and shapes and keep its declared
-    bounds. absent(round number) names the sites that drop out of a round. kept: sites' states to begin with.
+    bounds. absent(round number) names the sites that drop out of a round. kept, flying: sites' states, and replies that
+    are in flight, to begin with. arrives(replies in flight) is the place of the one that arrives next.
     """
     return _drive

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from atoll.contract.program import Cohort, build
+from atoll.contract.rounds import Task, TaskId
 from atoll.data.table import Table
 
 Rows = NDArray[np.int64]
@@ -49,6 +50,11 @@ class Hospitals:
     def train(self, drive: Any, program: str, params: dict[str, Any], **options: Any) -> Any:
         cohort = Cohort(tuple(self.tables), self.tables["s0"].schema)
         return drive(build(program, params).coordinate(cohort), self.tables, **options)
+
+    @staticmethod
+    def task(site: str, number: int, arrays: dict[str, Any]) -> Task:
+        """A task as ``drive`` makes it."""
+        return Task(TaskId("0" * 32, number, 0, "reply", site), arrays, (number, *site.encode()))
 
     # -- written a second time
 

@@ -34,6 +34,7 @@ MODELS: list[dict[str, Any]] = [
     {"model": {"kind": "series_transformer", "series": {"all": FEATURES}}},
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
+    "horizontal.fedbuff": {"buffer": 3},
     "horizontal.feddf": {"generated": 40},
     "horizontal.fedmd": {"generated": 40},
     "horizontal.online": {"time": "score", "start": -3, "every": 2},
@@ -41,7 +42,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "horizontal.dpftrl": {"expected_rows": 4500, "time": "score"},
     "horizontal.glm": {"l2": 1.0},
 }
-LEARNERS = sorted(name for name, cls in REGISTRY.items() if cls.__module__.startswith("atoll.horizontal."))
+LEARNERS = sorted(  # but for those in which the first to answer decides
+    name for name, cls in REGISTRY.items()
+    if cls.__module__.startswith("atoll.horizontal.") and "stream" not in cls.declared.needs
+)  # fmt: skip
 
 
 def planned(name: str) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def planned(name: str) -> dict[str, Any]:
 def learned(result: dict[str, Any]) -> Any:
     """Scores, the sites' own too, and what else a run tells of its model; of sites alone only gRPC knows nothing."""
     metrics = {part: found for part, found in result["metrics"].items() if part in ("federated", "personal")}
-    return json.loads(json.dumps([metrics, result["model"], result["output"]]))
+    return json.loads(json.dumps([metrics, result.get("model"), result["output"]]))
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -79,5 +83,5 @@ def test_it_learns_the_same_over_grpc(federation: Any, tmp_path: Path, name: str
     over, _ = federation.store.result(run)
     sources = {site: SourceSpec(path=str(federation.data(site))) for site in federation.sites}
     within, _ = run_sandbox(Plan.from_json(content), sources, tmp_path, tmp_path / "local")
-    assert learned(over)[0]["federated"]
+    assert learned(over)[0]["federated"] or learned(over)[0]["personal"]
     assert learned(over) == learned(within)

@@ -130,7 +130,7 @@ def tables_of(federation: Any, sites: int = 6) -> dict[str, Table]:
 
 
 def plan_of(federation: Any, name: str, protection: str = "plain", **more: Any) -> Any:
-    params = more.pop("params", {})
+    params, more = more.pop("params", {}), {"run": {"deadline_s": 60}, **more}
     return federation.plan(f"test.together.{name}", params, tables_of(federation), protection=protection, **more)
 
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import importlib
 import json
+import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from atoll.runtime.policy import Policy
 from atoll.transport.base import Endpoint, Progress
 from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
 from atoll.transport.local import LocalTransport
+from atoll.transport.ray import QUIET, RayTransport
 
 PATIENCE_S = 30.0
 Pair = tuple[bytes, bytes]
@@ -311,7 +315,7 @@ async def proxies() -> AsyncIterator[Callable[[str], Awaitable[Proxy]]]:
         await proxy.close()
 
 
-# ---------------------------------------------------------------- the contract suite's two transports
+# ---------------------------------------------------------------- the contract suite's transports
 
 
 class Federated:
@@ -320,12 +324,19 @@ class Federated:
     def __init__(self, kind: str, net: Net) -> None:
         self.kind, self.net = kind, net
         self.local: LocalTransport | None = None
+        self.ray: RayTransport | None = None
+        self.relay: Any = None
 
     async def connect(self, endpoints: Mapping[str, Endpoint]) -> Any:
         """A transport on which *endpoints* can be reached."""
         if self.kind == "local":
             self.local = LocalTransport(endpoints, threads=16)
             return self.local
+        if self.kind == "ray":
+            self.relay = importlib.import_module("ray_relay").Relay(endpoints)
+            settings = dict.fromkeys(endpoints, self.relay.settings)
+            self.ray = RayTransport("ray_relay:make", settings, threads=16)
+            return self.ray
         await self.net.start()
         for name, endpoint in endpoints.items():
             self.net.join(name, endpoint)
@@ -337,11 +348,32 @@ class Federated:
     anything = staticmethod(anything)
 
 
-@pytest.fixture(params=["local", "grpc"])
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A Ray of this machine, whose workers find this folder's modules, as this process does."""
+    ray, here = pytest.importorskip("ray"), str(Path(__file__).parent)
+    os.environ.update(QUIET)
+    sys.path.append(here)
+    ray.init(
+        address="local", include_dashboard=False, log_to_driver=False, num_cpus=2,
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+    sys.path.remove(here)
+
+
+@pytest.fixture(params=["local", "grpc", pytest.param("ray", marks=pytest.mark.slow)])
 async def federated(request: pytest.FixtureRequest, net: Net) -> AsyncIterator[Federated]:
     """Each transport in turn: ``await federated.connect({site: endpoint})``."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
     made = Federated(request.param, net)
     yield made
     with contextlib.ExitStack() as stack:
         if made.local is not None:
             stack.callback(made.local.close)
+        if made.ray is not None:
+            stack.callback(made.ray.close)
+        if made.relay is not None:
+            stack.callback(made.relay.close)

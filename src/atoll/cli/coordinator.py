@@ -59,11 +59,12 @@ def up(
     """Listen for sites and drive submitted runs until stopped; open runs are resumed."""
     show.log_to_terminal(verbose=verbose)
     settle()
-    server = CoordinatorServer(CoordinatorHome(home), _tell)
+    server = CoordinatorServer(CoordinatorHome(home), tell)
     asyncio.run(until_ended(server.serve(), parent))
 
 
-def _tell(event: dict[str, Any]) -> None:
+def tell(event: dict[str, Any]) -> None:
+    """Print what a coordinator does."""
     run = str(event.get("run", ""))[:8]
     if "listening" in event:
         text = f"listening for sites on {event['listening']}, for enrolment on {event['enrolment']}"
@@ -111,6 +112,9 @@ def submit(
     """Submit a plan; the running coordinator drives it as soon as the sites approve."""
     load_installed()
     plan, coordinator = Plan.load(plan_file), CoordinatorHome(home)
+    if plan.cohort.above:
+        raise PlanError("cohort.above", "a region sets what its sites' plan serves", field="cohort.above",
+                        remedy="leave it out")  # fmt: skip
     allow(coordinator.config.models)
     check_plan(plan)
     plan = settled(check_of(plan) if check else plan)
@@ -152,25 +156,18 @@ async def _wait(store: Any, run: str, *, quiet: bool) -> None:
 @app.command()
 def status(home: Home = DEFAULT, machine: Machine = False) -> None:
     """Sites and runs."""
-    coordinator = CoordinatorHome(home)
-    store = coordinator.store()
-    sites, runs = store.sites(), store.runs()
-    for row in runs:
-        row["rounds"] = len(store.rounds(row["run"]))
-    store.close()
+    found = state(CoordinatorHome(home))
     if machine:
-        for name, row in sites.items():
-            row["fingerprint"] = fingerprint(bytes.fromhex(row["public_key"])) if row["public_key"] else ""
-            sites[name] = {k: row[k] for k in ("fingerprint", "revoked", "seen")}
-        show.as_json({"sites": sites, "runs": runs})
+        show.as_json(found)
         return
+    sites, runs = found["sites"], found["runs"]
     show.rows(
         ("site", "identity", "state", "last connected"),
         [
             (
                 name,
-                fingerprint(bytes.fromhex(row["public_key"])) if row["public_key"] else "–",
-                "revoked" if row["revoked"] else "enrolled" if row["public_key"] else "invited",
+                row["fingerprint"] or "–",
+                "revoked" if row["revoked"] else "enrolled" if row["fingerprint"] else "invited",
                 row["seen"] or "never",
             )
             for name, row in sites.items()
@@ -180,6 +177,19 @@ def status(home: Home = DEFAULT, machine: Machine = False) -> None:
         ("run", "study", "status", "rounds", "created", "note"),
         [(r["run"][:8], r["name"], r["status"], r["rounds"], r["created"], r["note"]) for r in runs],
     )
+
+
+def state(home: CoordinatorHome) -> dict[str, Any]:
+    """{"sites", "runs"} as the store has them now."""
+    store = home.store()
+    sites, runs = store.sites(), store.runs()
+    for row in runs:
+        row["rounds"] = len(store.rounds(row["run"]))
+    store.close()
+    for name, row in sites.items():
+        row["fingerprint"] = fingerprint(bytes.fromhex(row["public_key"])) if row["public_key"] else ""
+        sites[name] = {k: row[k] for k in ("fingerprint", "revoked", "seen")}
+    return {"sites": sites, "runs": runs}
 
 
 def _find(store: Any, prefix: str) -> str:
@@ -221,6 +231,9 @@ def cancel(run: Run, home: Home = DEFAULT) -> None:
     """Cancel a run; its sites are told and stop."""
     store = CoordinatorHome(home).store()
     found = _find(store, run)
+    if store.run(found)["plan"].cohort.above:
+        raise PlanError("run.from-above", "the run is asked from above", field="run",
+                        remedy="withdraw the region from it: atoll site deny RUN")  # fmt: skip
     store.request_cancel(found)
     store.close()
     show.out.print(f"cancelling run {found}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from atoll.cli import show
 from atoll.contract.errors import AtollError, IntegrityError
 from atoll.crypto.identity import fingerprint, verify
+from atoll.ledger.contributions import credited, sums
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.runtime.home import CoordinatorHome, SiteHome
 
@@ -52,6 +54,31 @@ def verify_ledgers(
     if broken:
         raise SystemExit(1)
     show.out.print("[green]intact[/]: every hash, signature and receipt holds")
+
+
+@app.command("contributions")
+def contributions(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A ledger file (JSON lines), coordinator's or site's.")],
+    machine: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Verify a ledger file, and sum over its runs what each site contributed. Exit 0 intact, 1 broken."""
+    try:
+        found = credited(verify_file(file, verify).entries)
+    except (AtollError, OSError) as error:
+        why = error.message if isinstance(error, AtollError) else f"{file}: {error.strerror}"
+        show.err.print(f"[bold red]broken[/] {why}", soft_wrap=True)
+        raise SystemExit(1) from None
+    totals = sums(found)
+    if machine:
+        show.as_json(
+            {"runs": [asdict(credit) for credit in found],
+             "sites": {site: {"runs": runs, "shares": total} for site, (runs, total) in totals.items()}}
+        )  # fmt: skip
+        return
+    show.rows(
+        ("site", "runs", "sum of shares", "mean share"),
+        [(site, runs, f"{total:.6f}", f"{total / runs:.6f}") for site, (runs, total) in totals.items()],
+    )
 
 
 @app.command("export")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from atoll import __version__
-from atoll.cli import audit, coordinator, export, ledger, profile, sandbox, show, site
+from atoll.cli import audit, coordinator, export, forecast, ledger, profile, region, sandbox, show, simulate, site
 from atoll.contract.errors import AtollError, PlanError
 from atoll.contract.program import REGISTRY, summary
 from atoll.runtime.catalogue import load_installed
@@ -20,6 +20,8 @@ app = typer.Typer(
 app.command()(sandbox.demo)
 app.command()(sandbox.check)
 app.command()(sandbox.run)
+app.command()(simulate.simulate)
+app.command()(forecast.forecast)
 app.command()(profile.profile)
 app.command()(audit.audit)
 app.command()(export.export)
@@ -27,6 +29,7 @@ site.app.command("audit")(audit.site_audit)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(site.app, name="site")
+app.add_typer(region.app, name="region")
 
 
 @app.command()

@@ -34,6 +34,7 @@ class TransportName(StrEnum):
 
     local = "local"
     grpc = "grpc"
+    ray = "ray"
 
 
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="The plan (YAML).")]
@@ -41,7 +42,8 @@ SitesFile = Annotated[Path | None, typer.Option("--sites", metavar="SITES.yaml",
 DataDir = Annotated[Path, typer.Option("--data", metavar="DIR", help="Folder that the sources' paths are relative to.")]
 OutDir = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where results go.")]
 Machine = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Transport = Annotated[TransportName, typer.Option("--transport", help="One process, or a process per party.")]
+Transport = Annotated[TransportName, typer.Option("--transport", help="One process, one per party, or a Ray cluster.")]
+Cluster = Annotated[str | None, typer.Option("--ray", metavar="ADDRESS", help="A running cluster (default: one here).")]
 
 
 def _load(plan_file: Path, sites_file: Path | None, data: Path) -> tuple[Plan, dict[str, SourceSpec], Path]:
@@ -157,6 +159,7 @@ def run(
     transport: Transport = TransportName.local,
     out: OutDir = Path("out"),
     seed: Annotated[int | None, typer.Option("--seed", help="Use another seed than the plan's.")] = None,
+    cluster: Cluster = None,
     machine: Machine = False,
 ) -> None:
     """Run a plan in the sandbox: all sites on this machine, results and ledgers into --out."""
@@ -169,7 +172,7 @@ def run(
         raise _too_few(plan, len(sources))
     out.mkdir(parents=True, exist_ok=True)
     with show.progress(plan.name, quiet=machine) as tell:
-        result, details = run_sandbox(plan, sources, base, out, transport.value, tell)
+        result, details = run_sandbox(plan, sources, base, out, transport.value, tell, cluster)
     show.report(out / "report.html", result, details)
     if machine:
         show.as_json(result)

@@ -123,6 +123,8 @@ def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
             show.say(f"  privacy of one {plan.privacy.unit}: ε {plan.privacy.epsilon:g}, δ {plan.privacy.delta:g}")
         show.say(f"  data set {plan.dataset}, columns {', '.join(plan.table.columns)}")
         show.say(f"  sites {', '.join(opened['roster'])}")
+        if plan.cohort.above:
+            show.say(f"  asked by a region, for the plan with hash {plan.cohort.above}")
         show.say(f"  plan hash {opened['hash']}", style="dim")
         show.say(f"  the whole plan: atoll site pending --json; then: atoll site approve {run[:8]}", style="dim")
 
@@ -249,13 +251,7 @@ def model(
 @app.command()
 def status(home: Home = DEFAULT, machine: Machine = False) -> None:
     """The site's studies: status, failures, and releases the coordinator has not acknowledged."""
-    journal = SiteHome(home).journal()
-    lines = [
-        {"run": run, "study": opened["plan"]["name"], "status": state, "note": note,
-         "unacknowledged": len(journal.unacknowledged(run))}
-        for run, state, opened, note in journal.runs()
-    ]  # fmt: skip
-    journal.close()
+    lines = studies(SiteHome(home))
     if machine:
         show.as_json(lines)
         return
@@ -263,3 +259,15 @@ def status(home: Home = DEFAULT, machine: Machine = False) -> None:
         ("run", "study", "status", "without receipt", "note"),
         [(line["run"][:8], line["study"], line["status"], line["unacknowledged"], line["note"]) for line in lines],
     )
+
+
+def studies(home: SiteHome) -> list[dict[str, Any]]:
+    """The site's studies as its journal has them now."""
+    journal = home.journal()
+    found = [
+        {"run": run, "study": opened["plan"]["name"], "status": state, "note": note,
+         "unacknowledged": len(journal.unacknowledged(run))}
+        for run, state, opened, note in journal.runs()
+    ]  # fmt: skip
+    journal.close()
+    return found

@@ -48,12 +48,16 @@ class CohortRule(_Part):
     """Who takes part.
 
     sites: names (default: all that are enrolled). min_sites: fewer than this end the run.
-    on_dropout: "continue" with at least min_sites survivors, or "fail".
+    on_dropout: "continue" with at least min_sites survivors, or "fail". members: most sites that may stand behind one
+    name: more than 1 where some are regions, which answer with the sum of their own sites. above: in what a region
+    asks of its own sites, the hash of the plan that this serves.
     """
 
     sites: tuple[str, ...] = ()
     min_sites: int = Field(default=3, ge=1)
     on_dropout: Literal["continue", "fail"] = "continue"
+    members: int = Field(default=1, ge=1, le=1_000_000)
+    above: str = Field(default="", pattern="^([0-9a-f]{64})?$")
 
     @field_validator("sites")
     @classmethod

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.mail import Mail
 from atoll.contract.rounds import Reply, Round, Steps, Task, Together, Yielded
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Record
@@ -98,6 +99,10 @@ class SiteView(Protocol):
     def personal(self) -> dict[str, Array]:
         """The run's model as this site has it for itself ("weights"), where a program personalises it: shared by the
         run's programs, kept at the site when the run has ended, and never sent."""
+
+    @property
+    def mail(self) -> Mail:
+        """Sealed envelopes to and from other sites of the run."""
 
     @property
     def min_group_size(self) -> int:
@@ -174,6 +179,14 @@ def relay(steps: Steps, stamp: Callable[[Round], Round]) -> Steps:
         if isinstance(item, Together):
             item = Together(tuple(stamp(asked) for asked in item.rounds))
         value = yield stamp(item) if isinstance(item, Round) else item
+
+
+def resumed(steps: Generator[Any, Any, Any], value: Any) -> tuple[bool, Any]:
+    """Send a generator *value*: (False, what it yields), or (True, what it returns)."""
+    try:
+        return False, steps.send(value)
+    except StopIteration as stop:
+        return True, stop.value
 
 
 def handler(

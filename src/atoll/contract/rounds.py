@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -126,15 +126,19 @@ def opaque(limit_bytes: int) -> Field:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The coordinator learns only the sum over the cohort, and who took part."""
+    """The coordinator learns only the sum over the cohort, and who took part. lenient: where it fails, by a site that
+    does not keep the protocol or by dropouts, it is of nobody (no arrays, no sites) instead of failing the run."""
 
+    lenient: bool = False
     tag: Literal["sum"] = "sum"
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """The coordinator learns every site's reply."""
+    """The coordinator learns every site's reply. lenient: a site that fails, or whose reply is not what the round
+    declares, is left out of it instead of failing the run, while others are enough; for who withstands bad sites."""
 
+    lenient: bool = False
     tag: Literal["gather"] = "gather"
 
 
@@ -165,10 +169,18 @@ Reduction = Sum | Gather | Stream | Ready
 
 @dataclass(frozen=True, slots=True)
 class Summed(Mapping[str, Array]):
-    """Result of Sum: arrays by field name, and the sites whose replies are in it."""
+    """Result of Sum: arrays by field name, and the sites whose replies are in it. behind: how many sites these stand
+    for, where some are regions. cohort: the sites that it was to be among, where these were some of the run's."""
 
     arrays: dict[str, Array]
     sites: tuple[str, ...]
+    behind: int = 0
+    cohort: tuple[str, ...] | None = None
+
+    @property
+    def members(self) -> int:
+        """How many sites are in it."""
+        return self.behind or len(self.sites)
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[name]
@@ -182,9 +194,11 @@ class Summed(Mapping[str, Array]):
 
 @dataclass(frozen=True, slots=True)
 class Gathered(Mapping[str, Mapping[str, Array]]):
-    """Result of Gather: each site's arrays. Sites that refused or dropped out are absent."""
+    """Result of Gather: each site's arrays. Sites that refused or dropped out are absent. broken: of those that a
+    lenient one left out, the code of what was wrong."""
 
     replies: dict[str, dict[str, Array]]
+    broken: dict[str, str] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -258,7 +272,8 @@ class Together:
 @dataclass(frozen=True, slots=True)
 class Metrics:
     """Numbers worth showing while the program runs: stored with the run, plotted in the report. Answered by whether
-    the plan's schedule wants the program to come to its end now: its time or its traffic is used up."""
+    the plan's schedule wants the program to come to its end now: its time or its traffic is used up; by None where
+    rounds are only counted: then it goes on to its last round, whatever the numbers are."""
 
     step: int
     values: Mapping[str, float]
@@ -349,6 +364,16 @@ Reply = Mapping[str, Any]
 """What a handler returns: one value per declared field (arrays, or scalars)."""
 
 
+APART = "apart: "
+"""Marks, in ``send_to``, arrays in which sites may differ though they are asked the same: ways to one thing whose
+digest is among what all are sent, and which a handler checks. They are no part of a round's question."""
+
+
+def alike(sent: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a round's arrays all sites are sent alike."""
+    return {name: value for name, value in sent.items() if not name.startswith(APART)}
+
+
 def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, NDArray[Any]]:
     """A handler's reply as arrays of exactly the declared fields, dtypes and shapes.
 
@@ -374,6 +399,11 @@ def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str
         declared.check(name, ArraySpec(name, declared.dtype, array.shape))
         arrays[name] = array
     return arrays
+
+
+def for_members(fields: Mapping[str, Field], members: int) -> dict[str, Field]:
+    """*fields* where up to *members* sites stand behind one name: the bounds hold for the sum of so many."""
+    return {n: f if f.bound is None else replace(f, bound=f.bound * members) for n, f in fields.items()}
 
 
 def clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from atoll.contract.wire import Array
+
+EFFORT = "effort"
+"""Under this name a site is sent the share of a round's work that it is asked for."""
 
 Factor = Literal["availability", "speed", "quality", "priority"]
 
@@ -32,3 +39,12 @@ class Schedule(BaseModel):
         if any(not 0 < share <= 1 for share in priority.values()):
             raise ValueError("a priority is above 0, and at most 1")
         return priority
+
+    def allowed(self, sent: Mapping[str, Array]) -> dict[str, Array]:
+        """What a site was sent, with an effort as the plan lets it be: none, where it lets none be less than all."""
+        found = dict(sent)
+        effort: Any = found.pop(EFFORT, None)
+        if effort is not None and self.effort_min < 1:
+            right = effort.dtype == np.float64 and effort.shape == () and np.isfinite(effort)
+            found[EFFORT] = np.array(np.clip(effort, self.effort_min, 1.0) if right else 1.0)
+        return found

@@ -78,14 +78,16 @@ class Cyclic:
                     weights = weights + found[site]["weights"]
                     losses.append(float(found[site]["loss"]))
             history.append(sum(losses) / max(len(losses), 1))
-            yield Metrics(cycle, {"loss": history[-1]})
+            used_up = yield Metrics(cycle, {"loss": history[-1]})
             done = cycle + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
                 yield from scored(self, cohort, weights, cycle)
+            if used_up:
+                break
             if done % p.checkpoint_every == 0:
                 yield Checkpoint({"weights": weights, "history": np.array(history)})
         model = model.with_weights(weights)
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+        return {"model": model, "history": history, "iterations": len(history), **named(model)}
 
     @handler("train", reduce="gather")
     def train(self, site: SiteView, task: Task) -> Reply:

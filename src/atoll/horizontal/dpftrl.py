@@ -69,9 +69,11 @@ class DpFtrl:
             velocity = p.momentum * velocity + mean
             weights = weights - p.learning_rate * velocity
             history.append(float(np.linalg.norm(mean)))
-            yield Metrics(number, {"gradient_norm_l2": history[-1]})
+            used_up = yield Metrics(number, {"gradient_norm_l2": history[-1]})
+            if used_up:
+                break
         model = model.with_weights(weights)
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+        return {"model": model, "history": history, "iterations": len(history), **named(model)}
 
     def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         return {"gradient": within(self.params.clip_norm_l2, len(self.model(schema).weights))}

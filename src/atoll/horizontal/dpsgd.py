@@ -89,12 +89,14 @@ class DpSgd:
             velocity = p.momentum * velocity + mean
             weights = weights - p.learning_rate / (1 + p.decay * number) * velocity
             history.append(float(np.linalg.norm(mean)))
-            yield Metrics(number, {"gradient_norm_l2": history[-1]})
+            used_up = yield Metrics(number, {"gradient_norm_l2": history[-1]})
+            if used_up:
+                break
             if (number + 1) % p.checkpoint_every == 0:
                 state = {"weights": weights, "velocity": velocity, "history": np.array(history)}
                 yield Checkpoint({**state, "clip": np.array(clip.norm)})
         model = model.with_weights(weights)
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+        return {"model": model, "history": history, "iterations": len(history), **named(model)}
 
     def _most(self, schema: TableSchema) -> float:
         """A sample's size, but once in 10²⁰; the gate clips to it. That moves two sums no further apart, so a record's

@@ -12,6 +12,7 @@ training diverges drops out. Cost: one round trip of the model's size per round 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -20,33 +21,63 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.aggregation.rule import MEAN, Aggregation, Combined
-from atoll.compression.update import Compression
+from atoll.aggregation.rule import MEAN, Aggregation, Combined, means, sound
+from atoll.aggregation.suspicion import Evidence, Seen
+from atoll.compression.downlink import received
+from atoll.compression.known import Known
+from atoll.compression.link import Link
+from atoll.compression.lowrank import LowRank
+from atoll.compression.update import FINE, Compression
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import check_groups
-from atoll.contract.errors import PlanError, PolicyError, ProtocolError
+from atoll.contract.errors import PlanError, PolicyError, ProtocolError, refuse_all
 from atoll.contract.program import Cohort, SiteView, handler
-from atoll.contract.rounds import Checkpoint, Gather, Metrics, Reply, Round, Steps, Sum, Task, Together, count
+from atoll.contract.rounds import (
+    Checkpoint,
+    Gather,
+    Gathered,
+    Metrics,
+    Reply,
+    Round,
+    Steps,
+    Sum,
+    Task,
+    Together,
+    count,
+    opaque,
+    real,
+)
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches, within
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
+from atoll.horizontal.alone import Alone
 from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of, still
+from atoll.horizontal.stopping import LOSS, Stop, Watch
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
 
 State = dict[str, Array]
 Collecting = Generator[Any, Any, tuple[Update, tuple[str, ...]]]
+Told = tuple[tuple[str, ...], Update]
+"""Sites, and their update."""
 OFFERS = {"bounded", "resolution", "bounded-weight"}
+
+
+THIN = 2.0**-25
+"""Resolution of a low-rank factor, of the largest that it can be: it fits a ring of 32 bits for some sixty sites."""
 
 
 class FederatedParams(LocalParams):
     """decay: the learning rate of round t is learning_rate / (1 + decay · t). sites_per_round: how many are drawn for
     each round (default: all). weighting: by "rows", or every site alike. aggregate: how the sites' changes become one.
     clip: a site's change of any one weight per round is clipped to it (this is the bound); clip_norm_l2: and the
-    change as a whole to this norm. evaluate_every: score on held-out rows after so many rounds."""
+    change as a whole to this norm. evaluate_every: score on held-out rows after so many rounds. alone: in the end, ask
+    what each site would have by itself (see ``horizontal/alone.py``). stop: when to end before the last round. keep:
+    whose weights become the model: the last round's, or those whose evaluation was best, by ``stop.metric`` if that is
+    evaluated."""
 
     rounds: int = Field(default=20, ge=1)
     decay: float = Field(default=0.0, ge=0)
@@ -58,15 +89,22 @@ class FederatedParams(LocalParams):
     aggregate: Aggregation = Aggregation()
     evaluate_every: int | None = Field(default=None, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
+    alone: bool = False
+    stop: Stop = Stop()
+    keep: Literal["last", "best"] = "last"
+
+    def scaled(self, change: Array) -> Array:
+        """A change of the weights within ``clip_norm_l2``."""
+        if self.clip_norm_l2 is not None:
+            change = change * (self.clip_norm_l2 / max(float(np.linalg.norm(change)), self.clip_norm_l2))
+        return change
 
     def bounded(self, change: Array) -> Array:
         """A change of the weights as it may leave a site."""
-        if self.clip_norm_l2 is not None:
-            change = change * (self.clip_norm_l2 / max(float(np.linalg.norm(change)), self.clip_norm_l2))
-        return np.clip(change, -self.clip, self.clip)
+        return np.clip(self.scaled(change), -self.clip, self.clip)
 
 
-class Federated:
+class Federated(Alone):
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
     "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
@@ -77,11 +115,13 @@ class Federated:
 
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
+        self._places: tuple[Model, NDArray[np.int64]] | None = None
+        self._matrices: tuple[Model, LowRank] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
-        """Sums are enough for the mean, and for rules over groups of sites."""
-        needs = {"gather"} if self.params.aggregate.single else {"sum"}
+        """Sums are enough for the mean, and for rules over groups of sites, unless every reply is compressed alone."""
+        needs = {"gather"} if self.params.aggregate.single or self.params.compress.alone else {"sum"}
         return replace(self.declared, needs=self.declared.needs - {"sum"} | needs)
 
     def model(self, schema: TableSchema) -> Model:
@@ -125,19 +165,26 @@ class Federated:
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "history": mean local loss by round, and a linear model's "coefficients"}."""
         model, p, most = self.model(cohort.schema), self.params, self._most(cohort.schema)
+        refuse_all(PlanError, "plan.refused", p.compress.conflicts(p.aggregate.rule, p.aggregate.groups is not None))
         state = dict(start) if start else self.begin(model, cohort)
         history = state.pop("history", np.empty(0)).tolist()
         moving = self._moving(model)
-        last = state.pop("last", np.zeros(len(moving)))
+        known = Known(len(moving), cohort.seed).resumed(state)
+        factors, first = self._factors(model), self._all(model, state)
+        link = self.link = Link(p.compress, first, cohort.seed, cohort.sites, factors).resumed(state)
+        self.evidence = Evidence(cohort.sites, cohort.seed, p.aggregate.single, not p.compress.common).resumed(state)
+        watch = self._watch(model).resumed(state)
         fields = self._fields(model, most, cohort.exact)
         for number in range(len(history), p.rounds):
-            support = p.compress.support(last, cohort.seed, number)
-            sent = {**self._told(model, state, number), **({"support": support} if p.compress.keep < 1 else {})}
-            update, sites = yield from self.collect(cohort, fields, sent, number)
+            support = p.compress.support(known, cohort.seed, number)
+            sent = {**self._told(model, state, number), **p.compress.telling(known, p.clip, cohort.seed, number)}
+            wanted = self._narrowed(fields, p.compress.reach(known, p.clip) / p.clip)
+            update, sites = yield from self.collect(cohort, wanted, sent, number, state)
+            link.answered(sites, self._numbers(model))
             certain = cohort.exact and not self.gaps and p.sites_per_round is None  # that somebody has rows
             some = update if certain else replace(update, weight=max(update.weight, 1.0))
             mean = {**some.mean(), "weight": np.array(update.weight)}
-            last[support] = mean["weights"]
+            known.note(support, mean["weights"], number)
             for name in mean.keys() & {"weights", *self.told}:
                 spread = np.zeros(self.size(model))
                 spread[moving[support] if name == "weights" else moving] = mean[name]
@@ -145,49 +192,124 @@ class Federated:
             self.step(state, mean, len(sites) / len(cohort.sites))
             history.append(float(mean["loss"]))
             used_up = yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
-            done = number + 1
-            if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
+            over, done = watch.enough({LOSS: history[-1]}), number + 1
+            if p.evaluate_every and done % p.evaluate_every == 0 and (done < p.rounds or p.keep == "best"):
                 yield from self._finish(model, state, done)
-                yield from scored(self, cohort, self.final(model, state).weights, number)
-            if done % p.checkpoint_every == 0:
-                whole = {"last": last} if p.compress.keep < 1 else {}
-                yield Checkpoint({**state, **whole, "history": np.array(history)})
-            if used_up:
+                weights = self.final(model, state).weights
+                found = yield from scored(self, cohort, weights, number)
+                over |= watch.enough(found, weights)
+            if used_up or (over and used_up is not None):  # None: rounds are only counted
                 break
+            if done % p.checkpoint_every == 0:
+                whole = {
+                    **known.arrays(p.compress.remembers),
+                    **link.arrays(),
+                }
+                yield Checkpoint(
+                    {**state, **whole, **self.evidence.arrays(), **watch.arrays(), "history": np.array(history)}
+                )
         yield from self._finish(model, state, len(history))
-        more, model = self.reported(model, state), self.final(model, state)
+        more = {**self.reported(model, state), **self.evidence.told(), **link.told()}
+        more |= yield from self.compared(cohort, len(history))
+        model = self.final(model, state)
+        model = model.with_weights(watch.weights) if len(watch.weights) else model
         return {"model": model, "history": history, "iterations": len(history), **named(model), **more}
+
+    def _watch(self, model: Model) -> Watch:
+        """What ends the run, and which weights are kept; raises PlanError where nothing tells it."""
+        p = self.params
+        if (p.stop.evaluated or p.keep == "best") and not p.evaluate_every:
+            raise PlanError("plan.no-evaluation", "nothing is evaluated on the way", field="params.evaluate_every",
+                            remedy="set evaluate_every, or watch the training loss")  # fmt: skip
+        if p.keep == "best" and self.personal:
+            raise PlanError("plan.keep-personal", "sites keep the models that they ended with", field="params.keep",
+                            remedy="choose keep: last")  # fmt: skip
+        scored = "log_loss" if model.task in ("binary", "classes") else "rmse"
+        return Watch(p.stop, p.keep, scored if p.stop.metric == LOSS else p.stop.metric)
 
     def fewest(self, num_sites: int) -> int:
         """Those drawn for a round, or a group of them."""
         drawn = min(self.params.sites_per_round or num_sites, num_sites)
         return drawn // (self.params.aggregate.groups or 1)
 
-    def collect(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int) -> Collecting:
+    def collect(
+        self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int, state: State
+    ) -> Collecting:
         """One round of the sites' training: (weighted sums of what they send, who is in them)."""
         p, rule = self.params, self.params.aggregate
-        names = tuple(name for name in fields if name != "weight")
-        if rule.rule == MEAN:
-            total = yield Round("train", Sum(), fields, sent, draw=p.sites_per_round, paced=True)
+        names, to = tuple(name for name in fields if name != "weight"), self.link.apart
+        if p.compress.rank is not None:
+            return (yield from self._factored(cohort, fields, sent))
+        if rule.rule == MEAN and not p.compress.alone:
+            total = yield Round("train", Sum(), fields, sent, to, draw=p.sites_per_round, paced=True)
             return Update.from_sum(total, names), total.sites
-        if rule.single:
-            found = yield Round("train_single", Gather(), fields, sent, draw=p.sites_per_round, paced=True)
-            told = [(site, Update.from_sum(found[site], names)) for site in found.sites]
+        if rule.single or p.compress.alone:
+            reduce = Gather(lenient=rule.single)
+            found = yield Round("train_single", reduce, fields, sent, to, draw=p.sites_per_round, paced=True)
+            told, wrong = self._read(cohort, found, names)
+            broken = list(wrong)
+            if rule.rule == MEAN:
+                nothing = Update.zero_like({name: np.zeros(()) for name in names})
+                return sum((update for _, update in told), nothing), found.sites
         else:
             groups = self._groups(cohort, number)
-            sums = yield Together(
-                tuple(Round("train", Sum(), fields, sent, sites=group, among=True) for group in groups)
-            )
-            told = [(" + ".join(one.sites), Update.from_sum(one, names)) for one in sums]
-        some = [(name, update) for name, update in told if update.weight > 0]
-        means = [update.mean() for _, update in some]
+            lenient = Sum(lenient=True)
+            each = (Round("train", lenient, fields, sent, to, sites=group, among=True) for group in groups)
+            sums = yield Together(tuple(each))
+            told = [(one.sites, Update.from_sum(one, names)) for one in sums if one.sites]
+            broken = [site for group, one in zip(groups, sums, strict=True) if not one.sites for site in group]
+        some, shapes = [one for one in told if sound(one[1])], self._shapes(self.model(cohort.schema))
+        if self.gaps and len(some) < rule.least:  # of too few the rule makes nothing
+            return Update.zero_like({name: np.zeros(shape) for name, (shape, _) in shapes.items()}), ()
         weights = np.array([update.weight for _, update in some])
-        updates = {name: np.stack([mean[name] for mean in means]) for name in names}
-        combined = rule.combine(updates, weights, [name for name, _ in some])
+        updates, beyond = means([update for _, update in some], {name: bound for name, (_, bound) in shapes.items()})
+        broken = [*broken, *(site for sites, update in told if sound(update) is None for site in sites)]
+        combined = rule.combine(updates, [" + ".join(sites) for sites, _ in some])
+        self.judged(cohort, number, [" + ".join(sites) for sites, _ in some], updates, weights, combined)
+        groups, changes, result = [sites for sites, _ in some], updates["weights"], combined.values["weights"]
+        if cohort.exact:  # noise is no evidence
+            self.evidence.note(Seen(groups, changes, weights, result, combined.trust, beyond, broken))
         weight = float(np.median(weights)) * len(weights)  # what sites say of themselves is not to be trusted
         values = {name: value * weight for name, value in combined.values.items()}
-        self.judged(cohort, number, [name for name, _ in some], updates, weights, combined)
-        return Update(values, weight), tuple(name for name, _ in some)
+        return Update(values, weight), tuple(site for sites in groups for site in sites)
+
+    def _factored(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State) -> Collecting:
+        """A round of low-rank changes: the sum of P, then that of Q, of the sites that are in the first."""
+        p, model, link = self.params, self.model(cohort.schema), self.link
+        factors, names = self._low_rank(model), tuple(name for name in fields if name != "weight")
+        begin = {**sent, "right": link.right}
+        first = yield Round("train", Sum(), fields, begin, link.apart, draw=p.sites_per_round, paced=True)
+        update = Update.from_sum(first, names)
+        mean = update.values["weights"] / max(update.weight, 1e-12)
+        ends = sum(factors.lefts)
+        left = factors.orthonormal(mean[:ends], factors.lefts)
+        shapes, most = {"right": ((sum(factors.rights),), p.clip * factors.longest[1])}, self._most(cohort.schema)
+        wanted = self._fields_of(shapes, most, model, cohort.exact)
+        asked, among = first.cohort or first.sites, first.cohort is not None
+        second = yield Round("train_right", Sum(), wanted, {"left": left}, sites=asked, among=among)
+        right = second["right"] / max(float(second["weight"]), 1e-12)
+        link.right = factors.orthonormal(right, factors.rights)
+        change = factors.joined(left, right, mean[ends:])
+        return Update({**update.values, "weights": change * update.weight}, update.weight), second.sites
+
+    def _read(self, cohort: Cohort, found: Gathered, names: Sequence[str]) -> tuple[list[Told], dict[str, str]]:
+        """Each site's update, and what was wrong with those left out."""
+        compress, broken, told = self.params.compress, dict(found.broken), list[Told]()
+        size = compress.asked(len(self._moving(self.model(cohort.schema))))
+        for site in found.sites:
+            reply = dict(found[site])
+            if compress.alone:
+                try:
+                    change = compress.read(reply["weights"], size)
+                    real(bound=self.params.clip).check_values("weights", change)
+                except ProtocolError as error:
+                    if not self.params.aggregate.single:
+                        raise error.at(site=site) from None
+                    broken[site] = error.code
+                    continue
+                reply["weights"] = change * float(reply["weight"])
+            told.append(((site,), Update.from_sum(reply, tuple(names))))
+        return told, broken
 
     def judged(
         self, cohort: Cohort, number: int, names: Sequence[str], updates: Mapping[str, Array], weights: Array,
@@ -216,17 +338,27 @@ class Federated:
 
     def _finish(self, model: Model, state: State, number: int) -> Steps:
         if self.personal:
-            yield Round("personalise", Sum(), {"sites": count(bound=1)}, self._told(model, state, number))
+            sent = self._told(model, state, number)
+            yield Round("personalise", Sum(), {"sites": count(bound=1)}, sent, self.link.apart)
 
     def _told(self, model: Model, state: State, number: int) -> State:
         """What is sent with round *number*."""
-        told = {name: state[name].astype(model.dtype) for name in self.told}
+        if self.params.compress.down.active:
+            told: State = self.link.sent(self._all(model, state), number)
+        else:
+            told = {name: state[name].astype(model.dtype) for name in self.told}
         return told | ({"decay": np.array(1 / (1 + self.params.decay * number))} if self.params.decay else {})
+
+    def _all(self, model: Model, state: State) -> Array:
+        """All that is ``told``, one after another."""
+        return np.concatenate([state[name].astype(model.dtype) for name in self.told])
 
     # -- declared
 
     def _moving(self, model: Model) -> NDArray[np.int64]:
         """Places in "weights" that travel, in order."""
+        if self._places is not None and self._places[0] is model:  # simulated sites ask for it again and again
+            return self._places[1]
         frozen = np.tile(layers_of(model, self.params.freeze), self.size(model) // len(model.weights))
         moving = np.flatnonzero(~frozen & ~self.stays(model))
         if not len(moving):
@@ -234,21 +366,62 @@ class Federated:
                 "plan.nothing-travels", "no weights are left that sites learn together", field="params.freeze",
                 remedy="freeze, or keep at the sites, fewer layers",
             )  # fmt: skip
+        self._places = (model, moving)
         return moving
 
+    def _factors(self, model: Model) -> LowRank | None:
+        """How its weights that travel are parts of matrices, where the plan says a rank."""
+        rank = self.params.compress.rank
+        if rank is not None and (self._matrices is None or self._matrices[0] is not model):
+            shapes = {name: array.shape for name, array in model.arrays().items() if name in model.layers}
+            self._matrices = (model, LowRank.of(shapes, model.layers, self._moving(model), rank))
+        return self._matrices[1] if self._matrices else None
+
+    def _low_rank(self, model: Model) -> LowRank:
+        """As :meth:`_factors`; raises ProtocolError where the plan says none."""
+        if (found := self._factors(model)) is None:
+            raise ProtocolError("task.order", "the plan has no low-rank rounds", field="train_right",
+                                remedy="the coordinator does not keep the plan: do not go on with it")  # fmt: skip
+        return found
+
     def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
-        sent = self.params.compress.count(len(self._moving(model)))
-        return {"weights": ((sent,), self.params.clip), "loss": ((), self.params.clip), **self.extras(model)}
+        moving, factors, bound = len(self._moving(model)), self._factors(model), self.params.clip
+        sent = self.params.compress.count(moving)
+        if factors is not None:
+            sent, bound = sum(factors.lefts) + len(factors.dense), bound * factors.longest[0]
+        return {"weights": ((sent,), bound), "loss": ((), self.params.clip), **self.extras(model)}
+
+    def _numbers(self, model: Model) -> int:
+        """Numbers of an uncompressed reply."""
+        shapes = self._shapes(model)
+        return len(self._moving(model)) + sum(math.prod(shapes[name][0]) for name in shapes if name != "weights")
 
     def _most(self, schema: TableSchema) -> float:
         return schema.max_rows if self.params.weighting == "rows" else 1.0
 
     def _fields(self, model: Model, most: float, exact: bool) -> dict[str, Declared]:
+        found, compress = self._fields_of(self._shapes(model), most, model, exact), self.params.compress
+        if compress.alone:
+            found["weights"] = opaque(compress.limit_bytes(compress.asked(len(self._moving(model)))))
+        return found
+
+    def _narrowed(self, fields: Mapping[str, Declared], share: float) -> Mapping[str, Declared]:
+        """*fields*, where the grid of "weights" reaches that share of the clip."""
+        whole = fields["weights"]
+        if share == 1 or whole.bound is None or whole.step is None:
+            return fields
+        return {**fields, "weights": replace(whole, bound=whole.bound * share, step=whole.step * share)}
+
+    def _fields_of(
+        self, shapes: Mapping[str, tuple[tuple[int, ...], float]], most: float, model: Model, exact: bool
+    ) -> dict[str, Declared]:
         found: dict[str, Declared] = {}
-        for name, (shape, bound) in self._shapes(model).items():
-            step = self.params.compress.step(bound)
+        compress = self.params.compress
+        for name, (shape, bound) in shapes.items():
+            step = compress.step(bound) if compress.rank is None else max(FINE, bound * most * THIN)
             made = Update.fields({name: np.zeros(shape)}, value_bound=bound, weight_bound=most, step=step)
-            if exact and shape and model.dtype == np.float32:  # no more is known of a network's change
+            coarse = compress.bits is not None  # a float32 does not hold a place on the grid times a weight
+            if exact and shape and model.dtype == np.float32 and not coarse:  # no more is known of a network's change
                 made[name] = replace(made[name], dtype="<f4")
             found |= made
         return found
@@ -260,13 +433,14 @@ class Federated:
         size = shapes["weights"][0][0]
         rounding = size**0.5 * p.compress.step(p.clip) if p.compress.bits else 0.0
         norm = min(p.clip * size**0.5, (p.clip_norm_l2 or np.inf) + rounding)
-        return {**found, "weights": within(norm, size) * most, "weight": touches(1, most)}
+        weights = within(norm, size) * most if p.compress.rank is None else found["weights"]  # factors: by their bound
+        return {**found, "weights": weights, "weight": touches(1, most)}
 
     # -- at a site
 
     def _at(self, site: SiteView, task: Task) -> tuple[Local, State]:
         model = self.model(site.table.schema)
-        sent = {name: task.take(name, (self.size(model),)) for name in self.told}
+        sent = self._sent(site, task, model)
         examples, params = self._kept.examples(site.table), self.params
         if params.decay:
             rate = params.learning_rate * float(np.clip(task.take("decay", ()), 0, 1))
@@ -275,10 +449,23 @@ class Federated:
             params = params.paced(float(np.clip(task.take("effort", ()), 0, 1)), len(examples))
         return Local(params, model, examples, site, task, still(model, self.params.freeze)), sent
 
+    def _sent(self, site: SiteView, task: Task, model: Model) -> State:
+        """What is ``told``, each [size]."""
+        down, size = self.params.compress.down, self.size(model)
+        if not down.active:
+            return {name: task.take(name, (size,)) for name in self.told}
+        total, dtype = size * len(self.told), np.dtype(model.dtype)
+
+        def first(seed: int) -> Array:
+            return self._all(model, self.begin(model, Cohort((), site.table.schema, seed)))
+
+        read = received(down, task, site.state, total, dtype, first) if down.changes else down.taken(task, total, dtype)
+        return dict(zip(self.told, np.split(read.astype(np.float64), len(self.told)), strict=True))
+
     @handler("train_single", reduce="gather")
     def train_single(self, site: SiteView, task: Task) -> Reply:
-        """As "train", where the plan's rule needs every site's own change."""
-        if not self.params.aggregate.single:
+        """As "train", where the plan's rule, or its compression, needs every site's own change."""
+        if not (self.params.aggregate.single or self.params.compress.alone):
             raise PolicyError("policy.not-in-plan", "the plan asks for sums only", field="train_single",
                               remedy="the coordinator does not keep the plan: do not go on with it")  # fmt: skip
         return self.train(site, task)
@@ -287,16 +474,76 @@ class Federated:
     def train(self, site: SiteView, task: Task) -> Reply:
         """At the site: the change of the weights by its own training, and the mean loss on the way."""
         p, (at, sent) = self.params, self._at(site, task)
-        shapes = self._shapes(at.model)
+        shapes, moving = self._shapes(at.model), self._moving(at.model)
         if not len(at.examples):
-            return Update.zero_like({name: np.zeros(shape) for name, (shape, _) in shapes.items()}).reply()
+            found = {name: np.zeros(shape) for name, (shape, _) in shapes.items()}
+            if p.compress.alone:
+                found["weights"] = p.compress.nothing(len(moving), task)
+            if p.compress.rank is not None:
+                site.state["counts"] = np.array(0.0)
+            return {**found, "weight": 0.0}
         check_groups({"weight": np.array(len(at.examples))}, frozenset({"weight"}), site.min_group_size)
-        moving, found = self._moving(at.model), dict(self.local(at, sent))
-        support = p.compress.told(task, len(moving)) if p.compress.keep < 1 else slice(None)
-        change = p.compress.carried(np.asarray(found["weights"], np.float64)[moving], support, site.state)
-        found["weights"] = p.compress.rounded(p.bounded(change), p.clip, task)
+        return self.handed(at, sent, dict(self.local(at, sent)))
+
+    def handed(self, at: Local, sent: State, found: dict[str, Any]) -> Reply:
+        """What a site sends of what it *found* in its round (see :meth:`local`)."""
+        p, site, shapes = self.params, at.site, self._shapes(at.model)
+        change = np.asarray(found["weights"], np.float64)[self._moving(at.model)]
+        found["weights"], message = self._compressed(at, change)
         means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
-        return Update.of(means, self.weight(at, sent, means)).reply()
+        weight = self.weight(at, sent, means)
+        if p.compress.rank is not None:
+            site.state["counts"] = np.array(weight)
+        reply = Update.of(means, weight).reply()
+        return reply if message is None else {**reply, "weights": message}
+
+    def _compressed(self, at: Local, change: Array) -> tuple[Array, Array | None]:
+        """(what of a site's *change* [of the weights that travel] leaves, and as a message, if it stands alone)."""
+        p, compress, state = self.params, self.params.compress, at.site.state
+        whole, message = compress.carried(change, state), None
+        if (factors := self._factors(at.model)) is not None:
+            rest = p.scaled(whole)
+            sent = factors.left(np.clip(rest, -p.clip, p.clip), at.task.take("right", (sum(factors.rights),)))
+            rest[factors.dense] -= sent[sum(factors.lefts) :]
+            compress.kept(rest, state, at.model.dtype)
+            return sent, None
+        reach = compress.reached(at.task, p.clip)
+        places = compress.told(at.task, len(whole)) if compress.common else np.arange(len(whole))
+        chosen = compress.chosen(whole[places])
+        part = p.scaled(whole[places[chosen]])
+        sent = np.clip(part, -reach, reach)
+        if compress.alone:
+            message, sent = compress.written(sent, chosen, len(places), at.task)
+        else:
+            sent = compress.rounded(sent, reach, at.task)
+        whole[places[chosen]] = part - sent
+        compress.kept(whole, state, at.model.dtype)
+        return sent, message
+
+    def _right(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
+        factors, most = self._low_rank(self.model(schema)), self._most(schema)
+        each = touches(sum(factors.rights), self.params.clip * factors.longest[1]) * most
+        return {"right": each, "weight": touches(1, most)}
+
+    @handler("train_right", site=_right)
+    def train_right(self, site: SiteView, task: Task) -> Reply:
+        """At the site: how far its last change lies in each of the directions that all sites' changes have most of."""
+        model, p = self.model(site.table.schema), self.params
+        factors, state = self._low_rank(model), site.state
+        if "counts" not in state:
+            raise ProtocolError("task.order", "Q is asked for after P", field="train_right",
+                                remedy="the coordinator does not keep the protocol: do not go on with it")  # fmt: skip
+        left, weight = task.take("left", (sum(factors.lefts),)), float(state.pop("counts"))
+        if not weight:
+            return {"right": np.zeros(sum(factors.rights)), "weight": 0.0}
+        kept = state["residual"].astype(np.float64)
+        change = np.clip(kept, -p.clip, p.clip)
+        right, rest = factors.right(change, left)
+        rest += kept - change
+        rest[factors.dense] = kept[factors.dense]
+        state["residual"] = rest.astype(model.dtype)
+        bound = p.clip * factors.longest[1]
+        return {"right": np.clip(right, -bound, bound) * weight, "weight": weight}
 
     def weight(self, at: Local, sent: State, means: Mapping[str, Array]) -> float:
         """How much the site's change counts, at most :meth:`_most`."""

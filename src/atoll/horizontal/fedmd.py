@@ -110,16 +110,18 @@ class FedMd:
             state["scores"], at = mean["scores"], at_coordinator(p, model, rows, cohort.seed, number)
             state["weights"] = distilled(at, rows, mean["scores"], state["weights"])
             history.append(float(mean["loss"]))
-            yield Metrics(number, {"loss": history[-1]})
+            used_up = yield Metrics(number, {"loss": history[-1]})
             done = number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and done < p.rounds:
                 yield Round("personalise", Sum(), {"sites": count(bound=1)})
                 yield from scored(self, cohort, state["weights"], number)
+            if used_up:
+                break
             if done % p.checkpoint_every == 0:
                 yield Checkpoint({**state, "history": np.array(history)})
         yield Round("personalise", Sum(), {"sites": count(bound=1)})
         model = model.with_weights(state["weights"])
-        return {"model": model, "history": history, "iterations": p.rounds, **named(model)}
+        return {"model": model, "history": history, "iterations": len(history), **named(model)}
 
     def _most(self, schema: TableSchema) -> float:
         return float(schema.max_rows) if self.params.weighting == "rows" else 1.0

@@ -94,19 +94,19 @@ class Glm:
         weights[0] = _link(model.family, middle + y_sum / n)
         penalty = self.params.l2 * np.append(0.0, 1 / model.scale.half) ** 2
         loss, step, history = math.inf, np.zeros_like(weights), []
-        summed: tuple[str, ...] = ()
+        summed: tuple[tuple[str, ...], int] = (), 0
         most = self.params.max_iterations or ITERATIONS
         for iteration in range(most):
             fields = _fields(model, weights, rows, reach)
             total = yield Round("newton", Sum(), fields, {"weights": weights})
             n = int(total["n"])
             self._check_rows(n)
-            if total.sites != summed:  # a site dropped out or came back: losses before are of other rows
-                loss, summed = math.inf, total.sites
+            if (who := (total.sites, total.members)) != summed:  # a site is lost or back: losses are of other rows
+                loss, summed = math.inf, who
             now = float(total["loss"]) + float(penalty @ weights**2) / 2
             history.append(now / n)
             yield Metrics(iteration, {"loss": now / n})
-            rounding = len(summed) * (fields["loss"].step or 0.0)
+            rounding = total.members * (fields["loss"].step or 0.0)
             if now > loss + 1e-12 * abs(loss) + rounding and np.abs(step).max() > 1e-9:
                 step, weights = step / 2, weights - step / 2  # overshot: half of the way back
                 continue

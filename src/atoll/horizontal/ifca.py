@@ -16,12 +16,13 @@ more. Where the clusters begin decides much: try several seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from atoll.aggregation.rule import MEAN
 from atoll.contract.program import Cohort, program
 from atoll.contract.wire import Array
 from atoll.horizontal.fedavg import FedAvg
@@ -42,6 +43,14 @@ class IfcaParams(FederatedParams):
 
     clusters: int = Field(default=2, ge=1, le=64)
     spread: float = Field(default=0.1, gt=0)
+
+    @model_validator(mode="after")
+    def _averaged(self) -> Self:
+        if self.clusters > 1 and self.aggregate.rule != MEAN:  # the zeros of sites in other clusters are no outliers
+            raise ValueError(
+                "a rule of aggregate would weigh a cluster's sites against those of the others: use the mean"
+            )
+        return self
 
 
 @program("horizontal.ifca", needs={"sum"}, offers=OFFERS)

@@ -6,8 +6,10 @@ ClientUpdate; with momentum: Wang et al. 2020 (FedNova), §4.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -70,12 +72,13 @@ def still(model: Model, names: tuple[str, ...]) -> Mask | None:
 
 
 class Kept:
-    """The model and the examples last asked for: a program's rounds ask for the same ones."""
+    """The model last asked for, and the examples of tables that are still there: a program's rounds ask for the
+    same ones."""
 
     def __init__(self, params: Any) -> None:
         self.params = params
         self._model: tuple[TableSchema, Model] | None = None
-        self._examples: tuple[TableView, Examples] | None = None
+        self._examples: dict[int, tuple[weakref.ref[TableView], Examples]] = {}
 
     @property
     def schema(self) -> TableSchema:
@@ -92,9 +95,16 @@ class Kept:
 
     def examples(self, table: TableView) -> Examples:
         """All rows of *table*."""
-        if self._examples is None or self._examples[0] is not table:
-            self._examples = (table, self.model(table.schema).examples(table))
-        return self._examples[1]
+        key = id(table)
+        if key not in self._examples or self._examples[key][0]() is not table:
+            forget = partial(_forget, self._examples, key)
+            self._examples[key] = (weakref.ref(table, forget), self.model(table.schema).examples(table))
+        return self._examples[key][1]
+
+
+def _forget(held: dict[int, tuple[weakref.ref[TableView], Examples]], key: int, gone: weakref.ref[TableView]) -> None:
+    if key in held and held[key][0] is gone:
+        del held[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +144,10 @@ class Local:
 
     def batches(self, steps: int | None = None, part: int = 0) -> Iterator[Examples]:
         """Mini-batches in random order; *part* numbers several passes of one round."""
+        return map(self.examples.take, self.drawn(steps, part))
+
+    def drawn(self, steps: int | None = None, part: int = 0) -> Iterator[NDArray[np.int64]]:
+        """The rows of :meth:`batches`."""
         size, wanted, number = self.params.batch_size, self.steps if steps is None else steps, len(self.examples)
         in_epoch, shuffler = -(-number // size), self.task.shuffler()
         for _ in range(part):
@@ -142,7 +156,7 @@ class Local:
             if step % in_epoch == 0:
                 order = shuffler.permutation(number)
                 self.site.progress(step, wanted)
-            yield self.examples.take(order[step % in_epoch * size :][:size])
+            yield order[step % in_epoch * size :][:size]
 
     def sgd(
         self, start: Weights, slope: Slope | None = None, *, steps: int | None = None, fixed: Mask | None = None,
@@ -150,6 +164,12 @@ class Local:
     ) -> Trained:  # fmt: skip
         """Stochastic gradient descent from *start*, by default for a round and on the model's loss. fixed: weights that
         it leaves alone, beside those of the round. Raises ProtocolError "site.diverged"."""
+        if descent is None and (joint := getattr(self.site, "joint", None)) is not None:
+            found: Trained | None = joint(
+                Asked(self, start, slope, self.steps if steps is None else steps, fixed, part)
+            )
+            if found is not None:
+                return found
         p, model, losses = self.params, self.model, []
         learn = descent or model.loss_and_gradient
         weights = np.array(start, model.dtype)
@@ -177,6 +197,19 @@ class Local:
         if not (np.isfinite(loss) and np.isfinite(weights).all()):
             raise diverged()
         return Trained(weights, len(losses), loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Steps as :meth:`Local.sgd` was asked for them: those of many simulated sites are taken together (see
+    ``horizontal/batch.py``)."""
+
+    at: Local
+    start: Weights
+    slope: Slope | None
+    steps: int
+    fixed: Mask | None
+    part: int
 
 
 def stepped(at: Local, weights: Weights, gradient: Weights, rate: float) -> Weights:

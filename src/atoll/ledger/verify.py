@@ -1,11 +1,10 @@
 """Offline verification of ledger files, alone and against each other.
 
-Alone: every line parses, the chain is unbroken, every hash and signature holds.
-Together: every receipt in a site's ledger is the coordinator's own signed entry, and
-stands in its ledger at the same place; every release the coordinator acknowledged stands
-in the site's ledger at the same place with the same hash; every roster the coordinator
-opened a study with names the sites' own keys. So a cut-off tail, a rewritten history or
-an invented site shows.
+Alone: every line parses, the chain is unbroken, every hash and signature holds. Together: every receipt in a site's
+ledger is the coordinator's own signed entry, and stands in its ledger at the same place, and so does what a site was
+told of contributions; every release the coordinator acknowledged stands in the site's ledger at the same place with the
+same hash; every roster the coordinator opened a study with names the sites' own keys. So a cut-off tail, a rewritten
+history or an invented site shows.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from atoll.contract.errors import AtollError, IntegrityError
 from atoll.contract.wire import Json, parse_json
 from atoll.ledger import merkle
+from atoll.ledger.contributions import CONTRIBUTION, credited, share_of
 from atoll.ledger.entry import EMPTY, MEMBERS, Entry, Verifier, entry_line, leaf, verify_entry, verify_hash
 
 
@@ -126,6 +126,12 @@ def verify_together(ledgers: Sequence[Verified], verify: Verifier) -> None:
         for entry in ledger.entries:
             if entry["kind"] == "receipt":
                 _check_receipt(entry, ledger, coordinator, verify)
+            elif entry["kind"] == CONTRIBUTION and ledger is not coordinator:
+                _check_contribution(entry, ledger, coordinator, verify)
+        try:
+            credited(ledger.entries)
+        except IntegrityError as error:
+            raise _broken(ledger.path, len(ledger.entries), error.message) from None
     for entry in coordinator.entries:
         line = entry["seq"] + 1
         for item in entry["leaves"] if entry["kind"] == "received" else ():
@@ -137,6 +143,20 @@ def verify_together(ledgers: Sequence[Verified], verify: Verifier) -> None:
         for name, key in roster.items() if isinstance(roster, dict) else ():
             if name in by_party and by_party[name].public.hex() != key:
                 raise _broken(coordinator.path, line, f"its roster holds another key for {name} than {name}'s ledger")
+
+
+def _check_contribution(entry: Entry, ledger: Verified, coordinator: Verified, verify: Verifier) -> None:
+    """What a site was told of contributions must be the coordinator's own signed entry, and stand in its file."""
+    body, line = entry["body"], entry["seq"] + 1
+    try:
+        share = share_of(body["entry"], body["run"], ledger.party, coordinator.public, verify)
+    except IntegrityError as error:
+        raise _broken(ledger.path, line, error.message) from None
+    if share != body["share"]:
+        raise _broken(ledger.path, line, "it states another share than the coordinator's entry in it")
+    if _at(coordinator.entries, body["entry"]["seq"]).get("hash") != body["entry"]["hash"]:
+        why = f"{ledger.party} (line {line}) was told of other contributions than stand here"
+        raise _broken(coordinator.path, body["entry"]["seq"] + 1, why)
 
 
 def _check_receipt(entry: Entry, ledger: Verified, coordinator: Verified, verify: Verifier) -> None:

@@ -2,8 +2,9 @@
 
 x becomes round(x / step). A field of bound B needs numbers up to ±n·(B/step + 1) for n sites, and a little more
 where B is no float32 and they are; it is put into the narrowest ring of 32, 64 or 128 bits that holds them, and refused
-where none does. So nothing overflows, and the sum's error is at most n·step/2 on each element (counts: none), beside
-float64's own relative error of 2⁻⁵³ for each site and the sum.
+where none does; many coarse reals, as compressed updates are, into one of 8 or 16 bits. So nothing overflows, and the
+sum's error is at most n·step/2 on each element (counts: none), beside float64's own relative error of 2⁻⁵³ for each
+site and the sum.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from atoll.contract.rounds import Field
 from atoll.contract.wire import Array
 from atoll.crypto.prg import Stream, pieces_of
 
-WIDTHS = (32, 64, 128)
+WIDTHS = (8, 16, 32, 64, 128)
+FEWEST = 256
+"""Elements below which a narrow ring of their own saves nothing."""
 PIECE = 1 << 15
 """Elements converted at a time, so that intermediates stay in cache."""
 
 
 def width_of(name: str, field: Field, num_sites: int) -> int:
-    """Bits of the ring for a field: 32, 64 or, for reals only, 128. Raises PlanError when it is unbounded, has no step,
-    or does not fit."""
+    """Bits of the ring for a field: 32, 64 or, for reals only, 8, 16 and 128. Raises PlanError when it is unbounded,
+    has no step, or does not fit."""
     if None in field.shape or field.bound is None or not field.step or (_whole(field) and field.step != 1):
         raise PlanError(
             "ring.unbounded", "a masked sum needs a declared shape, bound and step", field=name,
@@ -35,7 +38,8 @@ def width_of(name: str, field: Field, num_sites: int) -> int:
     whole = _whole(field)
     slack = 0.0 if whole else float(np.finfo(field.dtype).eps)  # of a bound that was rounded to the dtype
     bits = math.log2(2 * num_sites * (field.bound * (1 + slack) / field.step + 1) + 1)
-    for width in WIDTHS[:-1] if whole else WIDTHS:  # counts add up in int64
+    many = not whole and math.prod(int(size or 0) for size in field.shape) >= FEWEST
+    for width in WIDTHS[2:-1] if whole else WIDTHS if many else WIDTHS[2:]:  # counts add up in int64
         if bits <= width - 1e-9:
             return width
     raise PlanError(
@@ -68,7 +72,7 @@ class Layout:
         return {width: size for width, size in found.items() if size}
 
     def declared(self) -> dict[str, Field]:
-        """The vectors as they travel: "ring32" (uint32), "ring64" (uint64), "ring128" (low and high uint64)."""
+        """The vectors as they travel: "ring8" … "ring64" (unsigned numbers), "ring128" (low and high uint64)."""
         return {f"ring{w}": Field(*_carrier(w, size)) for w, size in self.sizes().items()}
 
     def encode(
@@ -115,7 +119,7 @@ class Layout:
 
 
 def _carrier(width: int, size: int) -> tuple[str, tuple[int, ...]]:
-    return ("<u4", (size,)) if width == 32 else ("<u8", (size,)) if width == 64 else ("<u8", (size, 2))
+    return ("<u8", (size, 2)) if width == 128 else (f"{'|' if width == 8 else '<'}u{width // 8}", (size,))
 
 
 def _encode(values: Array, step: float, out: Array) -> None:
@@ -150,7 +154,7 @@ def _decode(vector: Array, step: float) -> Array:
 
 
 def _signed(vector: Array) -> Array:
-    return vector.view(np.int32 if vector.itemsize == 4 else np.int64)
+    return vector.view(f"i{vector.itemsize}")
 
 
 def _negated(vector: Array) -> Array:

@@ -3,20 +3,23 @@
 Parties: sites and coordinator. Messages: one reply per site. The coordinator learns
 *every site's reply*, other sites nothing. Threat model: the coordinator is trusted with
 each site's share; the network is not (TLS). Dropout: the sum is that of the survivors.
-Cost: one round trip. It must be written in the plan, and allowed by each site's policy.
+Cost: one round trip; reals on a coarse grid travel in as few bits as they need (see ``narrow``). It must be written in
+the plan, and allowed by each site's policy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.errors import AtollError
-from atoll.contract.protection import REPLY, Choice, Estimate, Exchange, Party, Replies, Terms, register
+from atoll.contract.protection import REPLY, Choice, Estimate, Exchange, Party, Received, Replies, Terms, register
 from atoll.contract.rounds import Field, Round, Summed
 from atoll.contract.wire import Array
+from atoll.privacy.narrow import declared as packed
+from atoll.privacy.narrow import decode, encode, narrow
 
 COPY_BYTES_S = 1e9
 """About how fast a reply is checked and signed."""
@@ -35,13 +38,22 @@ def add_up(replies: Replies, fields: Mapping[str, Field]) -> dict[str, Array]:
         totals[name] = np.zeros([size or 0 for size in declared.shape], wide)
         flat = totals[name].reshape(-1)
         for site, received in replies.items():
-            for offset, piece in received.pieces(name):
+            for offset, piece in _pieces(received, name, declared, site):
                 try:
                     declared.check_values(name, piece)
                 except AtollError as error:
                     raise error.at(site=site) from None
                 flat[offset : offset + piece.size] += piece
     return totals
+
+
+def _pieces(received: Received, name: str, declared: Field, site: str) -> Iterator[tuple[int, Array]]:
+    if not narrow(declared):
+        return received.pieces(name)
+    try:
+        return iter([(0, decode(received.array(name), declared))])
+    except AtollError as error:
+        raise error.at(site=site) from None
 
 
 class Plain:
@@ -56,12 +68,13 @@ class Plain:
         self, asked: Round, sites: Sequence[str], terms: Terms, sessions: Mapping[str, bytes]
     ) -> Generator[Exchange, Replies, Summed]:
         """One exchange, then a sum in cohort order."""
-        replies = yield Exchange(REPLY, tuple(sites), asked.reply)
+        fields = {name: packed(field) if narrow(field) else field for name, field in asked.reply.items()}
+        replies = yield Exchange(REPLY, tuple(sites), fields)
         return Summed(add_up(replies, asked.reply), tuple(replies))
 
     def answer(self, step: str, party: Party, reply: dict[str, Array], fields: Mapping[str, Field]) -> dict[str, Array]:
         """Nothing is hidden from the coordinator."""
-        return reply
+        return {name: encode(a, fields[name]) if narrow(fields[name]) else a for name, a in reply.items()}
 
     def estimate(self, fields: Mapping[str, Field], num_sites: int, choice: Choice) -> Estimate:
         """The reply as it is."""

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atoll.report import association, distributions, groups, model, record, scorecard, sentences
+from atoll.report import association, distributions, groups, model, record, scorecard, sentences, trust, value
 from atoll.report.markup import Child, Html, code, element
 from atoll.report.section import Input, Maker, part, terms, unit_of
 from atoll.report.svg import distinct
@@ -22,7 +22,9 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 SECTIONS: tuple[Maker, ...] = (
     model.results,
     model.by_site,
+    value.site_value,
     model.convergence,
+    trust.trust,
     model.coefficients,
     record.statistics,
     distributions.distributions,

@@ -8,17 +8,17 @@ reductions, in order, until it reaches the round that was open.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from atoll.contract.disclosure import check_groups
-from atoll.contract.errors import AtollError, ProtocolError, TransportError, refuse_all
+from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
-from atoll.contract.program import build, handler_of
-from atoll.contract.protection import REPLY, Exchange, Replies, find
+from atoll.contract.program import build, handler_of, resumed
+from atoll.contract.protection import Exchange, find
 from atoll.contract.rounds import (
     Arrival,
     Checkpoint,
@@ -27,21 +27,24 @@ from atoll.contract.rounds import (
     Metrics,
     Reduced,
     Round,
-    Steps,
     Sum,
     Summed,
     Together,
+    alike,
+    for_members,
 )
-from atoll.contract.schedule import Schedule
 from atoll.contract.wire import Array, Json, Message
+from atoll.ledger.contributions import CONTRIBUTION, record
+from atoll.ledger.entry import Entry
 from atoll.privacy.dp.release import Noise
-from atoll.runtime.courier import Courier, Flights, all_of, announce, described, in_time, session_of, unbroken
+from atoll.runtime.cohort import Attendance
+from atoll.runtime.courier import Courier, Flights, all_of, announce, cohort_of, described, in_time, unbroken
 from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import noise_of, not_negative, with_room
-from atoll.runtime.receipts import Grouping, acknowledge, pack, unpack
+from atoll.runtime.receipts import Grouping, acknowledge, members_of, pack, unpack
 from atoll.runtime.results import Seen, summarise
 from atoll.runtime.roster import check_cohort
-from atoll.runtime.scheduler import Scheduler
+from atoll.runtime.scheduler import Scheduler, is_dropout
 from atoll.runtime.store import Ledger, RunStore
 from atoll.runtime.study import study
 from atoll.transport.base import Transport
@@ -72,7 +75,7 @@ class Coordinator:
         that failed it, naming site, round and step, under the run's id as trace id.
         """
         record = self.store.run(run)
-        driver = _Run(self, run, record["plan"], record["sites"])
+        driver = Driver(self, run, record["plan"], record["sites"])
         self.store.set_status(run, "running")
         try:
             outcome = await driver.drive()
@@ -87,7 +90,7 @@ class Coordinator:
             failure = ProtocolError("coordinator.internal", f"{type(error).__name__} in the coordinator").at(trace=run)
             await driver.end("failed", str(failure), failure)
             raise failure from error
-        await driver.end("finished", driver.note(), None, driver.result(outcome))
+        await driver.end("finished", driver.cohort.note(), None, driver.result(outcome))
         return outcome
 
     async def tell_ended(self, site: str) -> None:
@@ -95,16 +98,16 @@ class Coordinator:
         for run, status, error in self.store.owed_closes(site):
             record = self.store.run(run)
             courier = Courier(self.transport, run, record["plan"], {})
-            courier.owe({site: _owed(self.store, run).get(site, [])})
+            courier.owe({site: self.store.owed(run).get(site, [])})
             try:
-                await courier.close(site, status, error)
+                await courier.close(site, status, error, self.store.entry_of(CONTRIBUTION, run))
             except AtollError as failure:
                 self.on_event({"run": run, "not_told": site, "reason": str(failure)})
             else:
                 self.store.close_told(run, site)
 
 
-class _Run:
+class Driver:
     """One run being driven."""
 
     def __init__(self, owner: Coordinator, run: str, plan: Plan, sites: tuple[str, ...]) -> None:
@@ -113,19 +116,13 @@ class _Run:
         self.sites = sites or plan.cohort.sites or tuple(roster)
         self.roster = {site: roster[site] for site in self.sites if site in roster}
         self.courier = Courier(owner.transport, run, plan, self.roster)
-        self.courier.owe(_owed(owner.store, run))
+        self.courier.owe(owner.store.owed(run))
         self.flights = Flights(self.courier)
         self.noise: Noise | None = None
-        self.opened: set[str] = set()
-        self.sessions: dict[str, bytes] = {}
-        self.absent: dict[str, int] = {}
-        self.dropouts: dict[str, str] = {}
-        self.rows: dict[str, int] = {}
-        self.took: dict[int, dict[str, float]] = {}
-        self.scheduler = Scheduler(plan, self.sites)
-        for paces in owner.store.paces(run):
-            self.scheduler.note(*paces)
-        self.traffic_before = owner.store.spent(run, 2**31)[1]
+        self.broken: dict[tuple[int, str], str] = {}
+        self.questions: dict[int, str] = {}
+        self.scheduler = Scheduler.resumed(plan, run, owner.store)
+        self.cohort = Attendance(run, plan, self.sites, owner.transport, owner.store, self.tell)
         self.seen = Seen()
         self.began = time.monotonic()
 
@@ -141,19 +138,20 @@ class _Run:
         value: Reduced | tuple[Reduced, ...] | bool | None = None
         number = 0
         while True:
-            ended, item = await asyncio.to_thread(_resumed, steps, value)  # a program may compute for long
+            ended, item = await asyncio.to_thread(resumed, steps, value)  # a program may compute for long
             if ended:
                 return dict(item)
             value = None
             if isinstance(item, Metrics):
                 store.add_metrics(self.run, item.step, item.values)
                 self.tell(metrics=dict(item.values), step=item.step)
-                value = self.used_up(number)
+                value = self.scheduler.used_up(store, number)
             elif isinstance(item, Checkpoint):
                 if checkpoint is not None and checkpoint[0] > number:
                     number = checkpoint[0]
+                    self.flights.restore(store.flights(self.run))
                 else:
-                    store.save_checkpoint(self.run, number, "program", item.state)
+                    store.save_checkpoint(self.run, number, "program", item.state, self.flights.saved())
             elif isinstance(item, Together):
                 asked = enumerate(item.rounds, number)
                 value = tuple(await all_of(self.answered(one, place) for place, one in asked))
@@ -169,71 +167,63 @@ class _Run:
         self.seen.note(asked, value)
         return value
 
-    def used_up(self, number: int) -> bool:
-        """Did the rounds before *number* use up what the plan's schedule lets them?"""
-        schedule = self.plan.schedule
-        if schedule.stop_after_s is None and schedule.stop_after_bytes is None:
-            return False
-        seconds, size = self.owner.store.spent(self.run, number)
-        return seconds >= (schedule.stop_after_s or math.inf) or size >= (schedule.stop_after_bytes or math.inf)
-
     def replay(self, asked: Round, number: int, stored: Message) -> Reduced:
         """A stored reduction, as the generator was sent it the first time."""
         value = unpack(stored, asked)
         if isinstance(value, Arrival):
-            self.flights.replay(asked, number, self.sites if asked.sites is None else asked.sites, value)
+            self.flights.dispatch(asked, number, self.sites if asked.sites is None else asked.sites, value)
         return value
 
     async def reduce(self, asked: Round, number: int) -> Reduced:
         """Have one round answered, reduced, acknowledged and stored."""
         began = time.monotonic()
-        sites = self.scheduler.chosen(asked, number, self.present(asked))
-        if asked.draw is not None or (asked.paced and self.plan.schedule.priority):
-            asked = replace(asked, sites=sites, among=len(sites) >= (asked.draw or 1))
-        if asked.paced and self.plan.schedule.effort_min < 1:
-            efforts = {site: {**asked.send_to.get(site, {}), "effort": self.scheduler.effort(site)} for site in sites}
-            asked = replace(asked, send_to=efforts)
+        asked, sites = self.scheduler.choose(asked, number, self.cohort.present(asked))
         self.tell(round=number, name=f"{asked.program}/{asked.name}", sites=list(sites))
         replies: dict[str, list[Incoming]] = {}
         result: Reduced
         if isinstance(asked.reduce, Sum):
-            result = await self.sum(asked, number, sites, replies)
+            try:
+                result = await self.sum(asked, number, sites, replies)
+            except AtollError as error:
+                ends = self.plan.cohort.on_dropout == "fail" and isinstance(error, TransportError)
+                if ends or not asked.reduce.lenient or error.code.startswith(("spool.", "cohort.")):
+                    raise
+                self.tell(left_out=", ".join(sites), reason=str(error))
+                result = Summed({}, ())
         elif isinstance(asked.reduce, Gather):
             arrived = await self.exchange(asked, number, Exchange("reply", sites, asked.reply))
             replies = {site: [incoming] for site, incoming in arrived.items()}
-            result = Gathered({site: incoming.arrays() for site, incoming in arrived.items()})
+            broken = {site: self.broken.pop((number, site)) for site in sites if (number, site) in self.broken}
+            result = Gathered({site: incoming.arrays() for site, incoming in arrived.items()}, broken)
         else:
-            result, replies = await self.next_arrival(asked, number, sites)
-        await self.finish(asked, number, result, replies, time.monotonic() - began, self.paces(asked, number, sites))
+            result, replies = await self.next_arrival(asked, number)
+        paces = self.scheduler.over(asked, number, sites)
+        await self.finish(asked, number, result, replies, time.monotonic() - began, paces)
         return result
-
-    def paces(self, asked: Round, number: int, sites: Sequence[str]) -> dict[str, tuple[float, float | None]]:
-        """What the schedule learns from a round; nothing, where it is none of its rounds."""
-        took = self.took.pop(number, {})
-        if not asked.paced or self.plan.schedule == Schedule():
-            return {}
-        efforts = {site: float(asked.send_to.get(site, {}).get("effort", 1.0)) for site in sites}
-        self.scheduler.note(efforts, took)
-        return {site: (effort, took.get(site)) for site, effort in efforts.items()}
 
     async def sum(
         self, asked: Round, number: int, sites: tuple[str, ...], replies: dict[str, list[Incoming]]
     ) -> Summed:
         """Carry the protection's exchanges until it has the sum."""
-        protection, fields = find(self.plan.protection.sum), asked.reply
+        protection = find(self.plan.protection.sum)
+        fields = for_members(asked.reply, self.plan.cohort.members)
         attempt = self.owner.store.begin_attempt(self.run, number) if protection.attempts else 0
-        question = "" if protection.reveals else question_digest(described(asked), asked.send)
+        question = "" if protection.reveals else question_digest(described(asked), alike(asked.send))
         terms = self.courier.terms(asked, number, attempt, question)
         if self.noise is not None:
             fields = with_room(self.noise, self.plan, asked, number)
-        combining = protection.combine(replace(asked, reply=fields), sites, terms, self.sessions)
+        combining = protection.combine(replace(asked, reply=fields), sites, terms, self.cohort.sessions)
         step: Exchange | Summed = next(combining)
         while isinstance(step, Exchange):
             arrived = await self.exchange(asked, number, step, attempt, question)
             for site, incoming in arrived.items():
                 replies.setdefault(site, []).append(incoming)
             large = any(incoming.head.body_bytes > SMALL_BYTES for incoming in arrived.values())
-            step = await asyncio.to_thread(_advance, combining, arrived) if large else _advance(combining, arrived)
+            on = partial(resumed, combining, arrived)
+            _, step = await asyncio.to_thread(on) if large else on()
+        if (most := self.plan.cohort.members) > 1:
+            step = replace(step, behind=sum(members_of(replies[site], most) for site in step.sites))
+        step = replace(step, cohort=cohort_of(asked))
         if self.noise is not None:
             return replace(step, arrays=not_negative(step.arrays, asked.reply))
         if not protection.reveals:
@@ -246,13 +236,14 @@ class _Run:
         paces: Mapping[str, tuple[float, float | None]],
     ) -> None:  # fmt: skip
         """Store the reduction together with the signed ledger entries that acknowledge its releases."""
-        chain, name, stored = self.owner.ledger.chain, f"{asked.program}/{asked.name}", pack(result, asked)
+        chain, name = self.owner.ledger.chain, f"{asked.program}/{asked.name}"
+        stored = pack(result, asked, self.questions.pop(number, ""))
         about = {"run": self.run, "round": number, "program": asked.program, "handler": asked.name}
         async with self.owner.ledger_lock:
             mark = chain.seq, chain.head
             try:
                 entries, receipts = acknowledge(chain, about, replies, self.owner.receipts)
-                size = 0 if self.plan.schedule.stop_after_bytes is None else self.traffic_before + self.traffic()
+                size = self.scheduler.travelled(self.owner.transport.traffic)
                 args = (self.run, number, asked.stage, name, seconds, stored, entries, receipts, paces, size)
                 if sum(array.nbytes for array in stored.arrays.values()) > SMALL_BYTES:
                     await unbroken(asyncio.to_thread(self.owner.store.finish_round, *args))
@@ -265,42 +256,11 @@ class _Run:
         for incoming in (incoming for incomings in replies.values() for incoming in incomings):
             incoming.close()
 
-    def traffic(self) -> int:
-        """Bytes of this run, since this process drives it."""
-        return sum(asdict(self.owner.transport.traffic[self.run]).values())
-
     def tell(self, **event: Any) -> None:
         """Tell whoever watches the run."""
         self.owner.on_event({"run": self.run, **event})
 
-    # ---------------------------------------------------------------- the cohort
-
-    def present(self, asked: Round) -> tuple[str, ...]:
-        """The sites to ask: those of the round, less those that dropped out and did not come back."""
-        reachable = self.owner.transport.sites()
-        self.absent = {s: since for s, since in self.absent.items() if reachable.get(s, since) == since}
-        asked_sites = self.sites if asked.sites is None else asked.sites
-        return tuple(site for site in asked_sites if site in self.opened and site not in self.absent)
-
-    def note(self) -> str:
-        """Who dropped out, and why: what the operator reads while the run goes on, and after it."""
-        return "\n".join(f"{site} dropped out: {why}" for site, why in self.dropouts.items())
-
-    def dropped(self, site: str, error: AtollError) -> None:
-        """A site dropped out: end the run if its rule says so, else go on without it."""
-        rule = self.plan.cohort
-        self.tell(dropout=site, reason=str(error))
-        if rule.on_dropout == "fail":
-            raise error
-        self.dropouts[site] = str(error)
-        self.owner.store.set_status(self.run, "running", self.note())
-        self.absent[site] = self.owner.transport.sites().get(site, -1)
-        left = len(self.sites) - len(self.absent)
-        if left < rule.min_sites:
-            raise TransportError(
-                "cohort.too-few-left", f"{left} sites are left, and the plan demands {rule.min_sites}: {error.code}",
-                field="cohort.min_sites", remedy=error.remedy or "bring the sites back", where=error.where,
-            ) from error  # fmt: skip
+    # ---------------------------------------------------------------- beginning and end
 
     async def open(self) -> None:
         """Announce the study to every site and wait until each opened it; sites may ask their operator first."""
@@ -308,33 +268,16 @@ class _Run:
         async with self.owner.ledger_lock:
             body = {"run": self.run, "plan": self.plan.hash, "study": self.plan.name, "roster": self.roster}
             self.owner.ledger.record("opened", body)
-        answers = await announce(self.courier, self.sites, self.waiting)
+        answers = await announce(self.courier, self.sites, self.cohort.waiting)
         self.owner.store.set_status(self.run, "running")
-        refusals = []
-        for site, answer in zip(self.sites, answers, strict=True):
-            if isinstance(answer, TransportError):
-                self.dropped(site, answer)
-            elif isinstance(answer, AtollError):
-                refusals.append(answer)
-            else:
-                self.opened.add(site)
-                self.sessions[site] = session_of(answer.meta)
-                if isinstance(rows := answer.meta.get("rows"), int):
-                    self.rows[site] = rows
-                if isinstance(quality := answer.meta.get("quality"), float) and 0 < quality <= 1:
-                    self.scheduler.quality[site] = quality
-        refuse_all(type(refusals[0]) if refusals else ProtocolError, "cohort.refused", refusals)
-
-    def waiting(self, sites: list[str]) -> None:
-        """Tell who must still ask their operator."""
-        self.tell(waiting=sites)
-        self.owner.store.set_status(self.run, "running", f"awaiting approval: {', '.join(sites)}")
+        self.cohort.opening(dict(zip(self.sites, answers, strict=True)))
+        self.scheduler.quality |= self.cohort.quality
 
     def result(self, outcome: Mapping[str, Any]) -> tuple[dict[str, Json], dict[str, Array]]:
         """The result and the model, as they are stored."""
         store, traffic = self.owner.store, self.owner.transport.traffic.pop(self.run)
         return summarise(
-            self.run, self.plan, outcome, sites={site: self.rows.get(site) for site in self.sites},
+            self.run, self.plan, outcome, sites={site: self.cohort.rows.get(site) for site in self.sites},
             rounds=len(store.rounds(self.run)), seconds=time.monotonic() - self.began,
             transport=self.owner.transport.name, traffic=asdict(traffic), noise=self.noise, seen=self.seen,
         )  # fmt: skip
@@ -347,12 +290,13 @@ class _Run:
         cannot be told now are told when they come back."""
         self.flights.cancel()
         store, public = self.owner.store, error.told() if error is not None else None
+        credited = await self.credit({} if result is None else result[0].get("output", {}).get(CONTRIBUTION, {}))
         store.end_run(self.run, status, note, tuple(self.roster), public, result)
         reachable = self.owner.transport.sites()
 
         async def one(site: str) -> None:
             try:
-                await self.courier.close(site, status, public)
+                await self.courier.close(site, status, public, credited)
                 store.close_told(self.run, site)
             except AtollError as failure:
                 self.tell(not_told=site, reason=str(failure))
@@ -361,6 +305,15 @@ class _Run:
         async with self.owner.ledger_lock:
             self.owner.ledger.record("closed", {"run": self.run, "status": status, "error": public})
 
+    async def credit(self, found: Mapping[str, Json]) -> Entry | None:
+        """Record, once, who contributed how much, if the result says it."""
+        if not found:
+            return None
+        async with self.owner.ledger_lock:
+            known = self.owner.store.entry_of(CONTRIBUTION, self.run)
+            body = record(self.run, self.plan.name, self.plan.hash, found)
+            return known or self.owner.ledger.record(CONTRIBUTION, body)
+
     # ---------------------------------------------------------------- exchanges
 
     async def exchange(
@@ -368,67 +321,44 @@ class _Run:
     ) -> dict[str, Incoming]:
         """Verified replies of one exchange, in cohort order; sites that dropped out are absent.
 
-        Raises the first failure that is not a dropout.
+        Raises the first failure that is not a dropout; of a lenient round, only where too few answered.
         """
+        failures: list[AtollError] = []
 
         async def one(site: str) -> Incoming | None:
             began = time.monotonic()
             try:
                 answer = await self.courier.ask(asked, number, exchange, site, attempt, question)
-                self.took.setdefault(number, {}).setdefault(site, time.monotonic() - began)
+                self.scheduler.answered(number, site, exchange.step, time.monotonic() - began)
                 return answer
             except AtollError as error:
                 error.at(site=site, round=number, step=f"{asked.program}/{asked.name}", trace=self.run)
-                if _is_dropout(error):
-                    self.dropped(site, error)
+                if is_dropout(error):
+                    self.cohort.dropped(site, error)
+                elif asked.reduce == Gather(lenient=True) and not error.code.startswith("spool."):
+                    failures.append(error)
+                    self.broken[number, site] = error.code
+                    self.tell(left_out=site, reason=str(error))
                 elif not (asked.optional and error.code == "policy.withheld"):
                     raise
                 return None
 
-        within = self.plan.schedule.within_s if asked.paced and exchange.step == REPLY else None
-        answers = await in_time((one(site) for site in exchange.sites), within, self.plan.cohort.min_sites)
+        within = self.scheduler.within_s(asked, exchange.step)
+        least = self.scheduler.least(asked, len(self.sites))
+        answers = await in_time((one(site) for site in exchange.sites), within, least)
+        if failures and sum(answer is not None for answer in answers) < self.plan.cohort.min_sites:
+            raise failures[0]
         return {site: answer for site, answer in zip(exchange.sites, answers, strict=True) if answer is not None}
 
-    async def next_arrival(
-        self, asked: Round, number: int, sites: Sequence[str]
-    ) -> tuple[Arrival, dict[str, list[Incoming]]]:
-        """Dispatch to *sites*, then wait for one reply of all that are in flight."""
-        self.flights.dispatch(asked, number, sites)
-        while True:
-            site, asked_round, answer = await self.flights.next()
-            if isinstance(answer, Incoming):
-                return Arrival(site, asked_round, answer.arrays()), {site: [answer]}
-            answer.at(site=site, round=asked_round, step=f"{asked.program}/{asked.name}", trace=self.run)
-            if not _is_dropout(answer):
-                raise answer
-            self.dropped(site, answer)
+    async def next_arrival(self, asked: Round, number: int) -> tuple[Arrival, dict[str, list[Incoming]]]:
+        """Dispatch to the round's sites, then wait for one reply of all that are in flight."""
 
+        def lost(site: str, when: int, error: AtollError) -> None:
+            error.at(site=site, round=when, step=f"{asked.program}/{asked.name}", trace=self.run)
+            if not is_dropout(error):
+                raise error
+            self.cohort.dropped(site, error)
 
-def _owed(store: RunStore, run: str) -> dict[str, list[Json]]:
-    """The receipts of every site's last round; its earlier ones went out with its last task."""
-    last: dict[str, list[Json]] = {}
-    for finished in store.rounds(run):
-        last.update(finished["receipts"])
-    return last
-
-
-def _is_dropout(error: AtollError) -> bool:
-    """A site that cannot be reached, or cannot do its work: others may go on without it."""
-    ours = error.code.startswith("spool.")  # it is the coordinator that has no room
-    return (isinstance(error, TransportError) and not ours) or error.code in ("site.out-of-memory", "site.diverged")
-
-
-def _resumed(steps: Steps, value: Any) -> tuple[bool, Any]:
-    """Send a program a reduction: (False, what it yields), or (True, its result)."""
-    try:
-        return False, steps.send(value)
-    except StopIteration as stop:
-        return True, stop.value
-
-
-def _advance(combining: Generator[Exchange, Replies, Summed], arrived: Replies) -> Exchange | Summed:
-    """Feed a protection the replies: its next exchange, or the sum."""
-    try:
-        return combining.send(arrived)
-    except StopIteration as stop:
-        return stop.value  # type: ignore[no-any-return]
+        self.flights.dispatch(asked, number, self.sites if asked.sites is None else asked.sites)
+        site, when, answer = await self.flights.next(self.cohort.present, lost, self.plan.run.deadline_s)
+        return Arrival(site, when, answer.arrays()), {site: [answer]}

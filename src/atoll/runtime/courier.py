@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
-from atoll.contract.errors import AtollError, ProtocolError
+import numpy as np
+
+from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.protection import OWN, REPLY, Exchange, Terms
-from atoll.contract.rounds import Arrival, Field, Round, Sum, TaskId
-from atoll.contract.wire import Head, Json, Message
+from atoll.contract.rounds import Arrival, Field, Ready, Round, Stream, Sum, TaskId
+from atoll.contract.wire import Array, Head, Json, Message
 from atoll.crypto.session import SIGNED_BYTES
+from atoll.ledger.entry import Entry
 from atoll.runtime.receipts import verify_release
 from atoll.runtime.roster import roster_hash
 from atoll.transport.base import Progress, Transport
 from atoll.transport.spool import Incoming
+
+LOOK_S = 0.5
+"""How often it is looked for sites that came back."""
 
 
 class Courier:
@@ -74,13 +80,18 @@ class Courier:
         self._owed[site] = [receipt for receipt in self._owed.get(site, []) if receipt not in owed]
         if not isinstance(asked.reduce, Sum):  # a protection checks what it adds up, piece by piece
             for name, declared in exchange.fields.items():
-                declared.check_values(name, incoming.array(name), undefined=True)
+                declared.check_values(name, incoming.array(name), undefined=asked.optional)
         return incoming
 
-    async def close(self, site: str, status: str, error: dict[str, Json] | None) -> None:
-        """Tell a site how the run ended, with the receipts it is still owed."""
+    async def close(
+        self, site: str, status: str, error: dict[str, Json] | None, contribution: Entry | None = None
+    ) -> None:
+        """Tell a site how the run ended, with the receipts it is still owed, and the signed record of who contributed
+        how much, if there is one."""
         meta: dict[str, Json] = {"id": f"{self._run}/close/{site}", "run": self._run, "status": status}
         meta |= {"error": error, "receipts": self._owed.get(site, [])}
+        if contribution is not None:
+            meta["contribution"] = contribution
         patience = min(self._plan.run.deadline_s, 10.0)
         check = expect("closed", site=site, step="close", trace=self._run)
         await self._transport.request(site, Message("close", meta), patience, check)
@@ -110,38 +121,91 @@ async def announce(
 
 
 class Flights:
-    """The Stream requests of a run that are in flight; those lost with a process are asked again."""
+    """The Stream and Ready requests of a run that are in flight. A site that is not there is asked when it comes back;
+    what was lost with a process is asked again, in the same words, so that no site computes it twice."""
 
     def __init__(self, courier: Courier) -> None:
         self._courier = courier
         self._open: dict[tuple[str, int], Round] = {}
         self._flying: dict[asyncio.Task[Incoming], tuple[str, int]] = {}
+        self._landed: list[asyncio.Task[Incoming]] = []
+        self._news = asyncio.Event()
 
-    def replay(self, asked: Round, number: int, sites: Iterable[str], arrival: Arrival) -> None:
-        """Take note of what was dispatched, and of what arrived, before a restart."""
+    def _land(self, task: asyncio.Task[Incoming]) -> None:
+        self._landed.append(task)
+        self._news.set()
+
+    def dispatch(self, asked: Round, number: int, sites: Iterable[str], arrival: Arrival | None = None) -> None:
+        """Round *number* asks *sites*; in a replay, of an *arrival* that is known."""
         self._open |= {(site, number): asked for site in sites}
-        self._open.pop((arrival.site, arrival.asked_round), None)
+        if arrival is not None:
+            self._open.pop((arrival.site, arrival.asked_round), None)
 
-    def dispatch(self, asked: Round, number: int, sites: Iterable[str]) -> None:
-        """Ask *sites*, and whomever a restart left unasked."""
-        self._open |= {(site, number): asked for site in sites}
-        for (site, when), what in self._open.items():
-            if (site, when) not in self._flying.values():
-                request = self._courier.ask(what, when, Exchange("reply", (site,), what.reply), site)
-                self._flying[asyncio.ensure_future(request)] = (site, when)
+    async def next(
+        self, present: Callable[[], Collection[str]], lost: Callable[[str, int, AtollError], None], patience_s: float
+    ) -> tuple[str, int, Incoming]:
+        """(site, round that asked, release) of the next to arrive. present: which sites can be asked now. lost: told of
+        a failure; raises it unless the site may come back. Raises ProtocolError if nobody was asked, TransportError if
+        for *patience_s* nobody was there of those that were."""
+        gone_s = 0.0
+        while True:
+            here = present()
+            for (site, when), what in self._open.items():
+                if site in here and (site, when) not in self._flying.values():
+                    request = self._courier.ask(what, when, Exchange(REPLY, (site,), what.reply), site)
+                    task = asyncio.ensure_future(request)
+                    self._flying[task] = (site, when)
+                    task.add_done_callback(self._land)
+            if not self._open:
+                raise ProtocolError("stream.idle", "a Stream round waits, but no site is computing")
+            if gone_s >= patience_s:
+                raise TransportError("stream.nobody", f"none of the sites that were asked was there for {gone_s:g} s",
+                                     remedy="bring the sites back and submit again")  # fmt: skip
+            if not self._flying:
+                gone_s += LOOK_S
+                await asyncio.sleep(LOOK_S)
+                continue
+            gone_s = 0.0
+            if not self._landed:
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), LOOK_S)
+            while self._landed:
+                task = self._landed.pop(0)
+                site, number = self._flying.pop(task)
+                try:
+                    answer = task.result()
+                except AtollError as error:
+                    lost(site, number, error)
+                    continue
+                del self._open[site, number]
+                return site, number, answer
 
-    async def next(self) -> tuple[str, int, Incoming | AtollError]:
-        """(site, round that asked, release or failure) of the next to arrive; raises ProtocolError if none flies."""
-        if not self._flying:
-            raise ProtocolError("stream.idle", "a Stream round waits, but no site is computing")
-        done, _ = await asyncio.wait(self._flying, return_when=asyncio.FIRST_COMPLETED)
-        task = done.pop()
-        site, number = self._flying.pop(task)
-        del self._open[site, number]
-        try:
-            return site, number, task.result()
-        except AtollError as error:
-            return site, number, error
+    def saved(self) -> Message | None:
+        """All that is in flight, for a checkpoint; None if it is nothing."""
+        meta, arrays = [], dict[str, Array]()
+        for number in sorted({number for _, number in self._open}):
+            sites = [site for site, when in self._open if when == number]
+            asked = self._open[sites[0], number]
+            meta.append({"round": number, "sites": sites, **described(asked)})
+            for site, sent in (("", asked.send), *((site, asked.send_to.get(site, {})) for site in sites)):
+                arrays |= {f"{number}/{site}/{name}": np.asarray(value) for name, value in sent.items()}
+        return Message("flights", {"rounds": meta}, arrays) if meta else None
+
+    def restore(self, saved: Message) -> None:
+        """Inverse of :meth:`saved`."""
+        sent: dict[tuple[int, str], dict[str, Array]] = {}
+        for key, value in saved.arrays.items():
+            when, site, name = key.split("/", 2)
+            sent.setdefault((int(when), site), {})[name] = value
+        for one in saved.meta["rounds"]:
+            number, fields = int(one["round"]), {n: Field.from_json(value) for n, value in one["fields"].items()}
+            asked = Round(
+                one["name"], Ready() if one["reduce"] == "ready" else Stream(), fields, sent.get((number, ""), {}),
+                {site: sent[number, site] for site in one["sites"] if (number, site) in sent},
+                program=one["program"], params=one["params"], view=one["view"],
+            )  # fmt: skip
+            self._open |= {(site, number): asked for site in one["sites"]}
 
     def cancel(self) -> None:
         """Wait for nobody any more."""

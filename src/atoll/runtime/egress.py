@@ -34,7 +34,9 @@ log = logging.getLogger("atoll.site")
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked, as far as the gate and the ledger care. question: the digest of what was sent."""
+    """What was asked, as far as the gate and the ledger care. fields: what the reply must be, and within which bounds.
+    question: the digest of what was sent. room: the fields for the protection, where some replies of the cohort stand
+    for several sites. members: of how many sites a region's reply is the sum."""
 
     task: TaskId
     program: str
@@ -44,6 +46,8 @@ class Request:
     plan: str
     roster: str
     question: str = ""
+    room: Mapping[str, Field] | None = None
+    members: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,9 @@ class Noised:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a release costs, and its noise, if any."""
+    """What a release costs, and its noise, if any. charge: None for one without any value."""
 
-    charge: Charge
+    charge: Charge | None
     noised: Noised | None = None
 
 
@@ -107,14 +111,15 @@ class EgressGate:
         if shown:  # else the coordinator half checks the cohort's total
             check_groups(arrays, asked.handler.groups, self._policy.min_group_size)
         arrays, clipped = clip(arrays, asked.fields)
-        fields, charge = asked.fields, cost.charge
-        if noised is not None:
+        fields, charge = asked.room or asked.fields, cost.charge
+        if noised is not None and charge is not None:
             # another attempt at the round has the same noise: it must have the same answer under it
             charge = replace(charge, question=f"{charge.question} {_sha256(body_parts(arrays)[1]).hex()}")
             arrays = noised.noise.add(asked.task.round, arrays, noised.fields, noised.scales, noised.random)
             fields = noised.fields
             arrays, _ = clip(arrays, fields)
-        arrays = protection.answer(REPLY, party, arrays, fields)
+        if asked.handler.reduce == "sum":  # a single reply is shown as it is
+            arrays = protection.answer(REPLY, party, arrays, fields)
         party.replied()
         if clipped and not shown:  # how many is the site's own secret then
             log.warning("%s: %d values beyond their bounds were clipped in %s", party.name, clipped, asked.task)
@@ -123,7 +128,7 @@ class EgressGate:
 
     def relay(self, asked: Request, protection: Protection, party: Own, receipts: Sequence[Receipt] = ()) -> Message:
         """The release message of a protection's own exchange: keys, shares, signatures, and no reply."""
-        arrays = protection.answer(asked.task.step, party, {}, asked.fields)
+        arrays = protection.answer(asked.task.step, party, {}, asked.room or asked.fields)
         return self._send(asked, arrays, protection, party, None, receipts, None, None)
 
     def _send(
@@ -150,6 +155,7 @@ class EgressGate:
             "clipped": clipped,
             "epsilon": charge.epsilon if charge and math.isfinite(charge.epsilon) else None,
             "digest": body_digest(specs, digest),
+            **({} if asked.members is None else {"members": asked.members}),
         }
         task = asked.task
         kept = None if protection.reveals else party.state

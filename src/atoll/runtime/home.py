@@ -72,7 +72,8 @@ class CoordinatorConfig(BaseModel):
 
 
 class SiteConfig(BaseModel):
-    """site.yaml. datasets: the tables that plans may name, by their *dataset*."""
+    """site.yaml. datasets: the tables that plans may name, by their *dataset*. at_once: how many runs compute here at
+    the same time (default: as many as there are cores)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -80,6 +81,7 @@ class SiteConfig(BaseModel):
     address: str
     coordinator_key: str
     datasets: Mapping[str, SourceSpec] = Field(default_factory=dict)
+    at_once: int | None = Field(default=None, ge=1)
 
 
 def _new_folder(folder: Path, *marks: str) -> None:
@@ -217,7 +219,10 @@ class SiteHome:
         match answer:
             case {"port": int(port), "coordinator_key": str(public)} if re.fullmatch(PUBLIC_KEY, public):
                 known = {**(before.config.datasets if before else {}), **datasets}
-                config = SiteConfig(name=token.site, address=f"{host}:{port}", coordinator_key=public, datasets=known)
+                config = SiteConfig(
+                    name=token.site, address=f"{host}:{port}", coordinator_key=public, datasets=known,
+                    at_once=before.config.at_once if before else None,
+                )  # fmt: skip
             case _:
                 raise ProtocolError("enrol.malformed", "the coordinator's answer is not what was asked for")
         if before is None:

@@ -20,6 +20,7 @@ from atoll.contract.errors import IntegrityError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
 from atoll.crypto.session import Session
+from atoll.ledger.contributions import CONTRIBUTION
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
 from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, forfeit, reserve, settle, spent
 from atoll.runtime.memory import Query
@@ -353,8 +354,8 @@ class Journal:
 
     def _forget_secrets(self, run: str) -> None:
         settle(self._db, run)
-        names = [f"{what} {run}" for what in ("session", "rows", "view")]
-        self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?)", names)
+        names = [f"{what} {run}" for what in ("session", "rows", "quality", "view")]
+        self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?, ?)", names)
         kept = PERSONAL if self.status(run) == "finished" else ""
         self._db.execute("DELETE FROM state WHERE run = ? AND program <> ?", (run, kept))
 
@@ -375,13 +376,16 @@ class Journal:
         with self._lock:
             return spent(self._db, dataset, budget, _today())
 
-    def end_run(self, run: str, status: str, error: Json, heard: str) -> None:
-        """Close a run that is open, with its ledger entry; *heard* joins the note. Else do nothing."""
+    def end_run(self, run: str, status: str, error: Json, heard: str, credited: Entry | None = None) -> None:
+        """Close a run that is open, with its ledger entry; *heard* joins the note. credited: what the ledger is to say
+        of the site's contribution. Else do nothing."""
         with self.transaction():
             before, _, note = self.run(run) or ("unknown", {}, "")
             if before in OPEN:
                 note = "\n".join(filter(None, (note, heard)))
                 self._db.execute("UPDATE run SET status = ?, note = ? WHERE run = ?", (status, note, run))
+                if credited is not None:
+                    self._append(self.chain.next(CONTRIBUTION, credited))
                 self._append(self.chain.next("closed", {"run": run, "status": status, "error": error}))
                 self._forget_secrets(run)
         self._wipe()

@@ -187,9 +187,14 @@ def _nothing(asked: Round) -> Summed | Gathered | Arrival:
         return Arrival("a", 0, zeros)
     if not isinstance(asked.reduce, Sum):
         return Gathered({})
-    arrays = {}
-    for name, field in asked.reply.items():
+    return Summed(telling_nothing(asked.reply), ("a", "b", "c"))
+
+
+def telling_nothing(fields: Mapping[str, Field]) -> dict[str, Array]:
+    """A sum of *fields* from which nothing follows: NOBODY of everything that is counted, and none of all else."""
+    arrays: dict[str, Array] = {}
+    for name, field in fields.items():
         whole = np.dtype(field.dtype).kind in "iu"
         some = NOBODY if field.dtype == "<i8" else 0
         arrays[name] = np.full([n or 0 for n in field.shape], some, "<i8" if whole else "<f8")
-    return Summed(arrays, ("a", "b", "c"))
+    return arrays

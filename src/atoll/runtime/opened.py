@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build
 from atoll.contract.protection import Protection, Terms
 from atoll.contract.rounds import Field, TaskId
+from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity
 from atoll.crypto.prg import Stream, derive
 from atoll.crypto.session import Session
 from atoll.data.site_data import SiteData
+from atoll.data.sketch import Sketch
 from atoll.data.table import Table
 from atoll.runtime.budget import Charge
 from atoll.runtime.egress import Cost, Noised
 from atoll.runtime.journal import PROTECTION, Journal
+from atoll.runtime.mail import Mailbox
 from atoll.runtime.memory import Query, query_key
 from atoll.runtime.noise import asked_of, check_entities, noise_of, norms_of
-from atoll.runtime.party import Own, View
+from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
 from atoll.runtime.study import Permitted
 
@@ -113,8 +115,9 @@ class Opened:
         names = tuple(told) if isinstance(told, list) else ()
         if not all(isinstance(name, str) for name in names) or list(names) != sorted(set(names) & self.roster.keys()):
             raise ProtocolError("task.cohort", "a round's sites are not sites of the roster", field="cohort")
-        fewest = program.fewest(len(self.roster))
-        if self.plan.schedule.priority:
+        fewest = len(self.roster) if self.plan.cohort.above else program.fewest(len(self.roster))
+        rare = any(share < 1 for share in self.plan.schedule.priority.values())
+        if rare and program.name == self.plan.program and not self.plan.cohort.above:
             fewest = min(fewest, self.plan.cohort.min_sites)
         if self._identity.name not in names or len(names) < fewest:
             raise PolicyError(
@@ -123,27 +126,36 @@ class Opened:
             )  # fmt: skip
         return names
 
+    def mail(self, run: str, program: str) -> Mailbox:
+        """What a handler of *program* may write to other sites."""
+        me = self._identity
+        return Mailbox(me.name, run, program, self._session, me.sign, self.roster, self.roster_hash)
+
     def random(self, number: int, purpose: str) -> Callable[[str], Stream]:
         """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""
         return partial(_stream, self._secret, number, purpose)
 
-    def remembered(self, message: Message, view: View, protection: Protection) -> Query | None:
-        """What the journal is to remember of an exact answer, so that no other is its near repeat."""
+    def remembered(self, message: Message, rows: Sketch, protection: Protection, question: str = "") -> Query | None:
+        """What the journal is to remember of an exact answer over *rows*, so that no other is its near repeat.
+        question: where only this very one counts, its digest."""
         if self._policy.repeats == "allow" or self.noise is not None:
             return None
-        rows = np.stack([view.table.sketch, view.holdout.sketch])
         cohort = frozenset[str]() if protection.reveals else frozenset(self.roster)
         key = query_key(self.plan.dataset, message)
+        key = hashlib.sha256(f"{key} {question}".encode()).hexdigest() if question else key
         return Query(key, rows, cohort, self._policy.min_group_size, self._policy.min_sites)
 
     def cost(
-        self, task: TaskId, program: Program, name: str, view: View, fields: Mapping[str, Field],
+        self, task: TaskId, program: Program, name: str, schema: TableSchema, fields: Mapping[str, Field],
         sent: Mapping[str, Array], question: str,
     ) -> Cost:  # fmt: skip
-        """What an answer costs the data set's budget, and the noise that makes it cost no more."""
+        """What an answer costs the data set's budget, and the noise that makes it cost no more; one that tells nothing
+        but that it is there costs nothing. schema: of the table that the handler saw."""
+        if not fields:
+            return Cost(None)
         noised, epsilon = None, math.inf
         if self.noise is not None:
-            norms = norms_of(self.plan, program, name, view.table.schema, fields, sent)
+            norms = norms_of(self.plan, program, name, schema, fields, sent)
             fitted = self.noise.fitted(task.round, fields, norms)
             # a tree's nodes are several rounds' own; a round that is asked in other words is refused
             shared = task.round in self.noise.once

@@ -9,7 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from atoll.contract.errors import PolicyError
+from atoll.contract.errors import PolicyError, ProtocolError
+from atoll.contract.mail import Mail
 from atoll.contract.protection import Terms
 from atoll.contract.wire import Array
 from atoll.crypto.session import Session
@@ -24,11 +25,18 @@ class View:
     def __init__(
         self, name: str, tables: tuple[Table, Table], state: dict[str, Array], tell: Callable[[float, float], None],
         share: tuple[str, ...], min_group_size: int, own: Callable[[], dict[str, Array]] = dict,
+        mail: Mail | None = None,
     ) -> None:  # fmt: skip
-        """own: reads what is personal, when it is first looked at."""
+        """own: reads what is personal, when it is first looked at. mail: None where there are no other sites."""
         self.name, (self.table, self.holdout), self.state = name, tables, state
         self._tell, self._share, self.min_group_size, self._own = tell, share, min_group_size, own
-        self._before: dict[str, Array] = {}
+        self._mail, self._before = mail, dict[str, Array]()
+
+    @property
+    def mail(self) -> Mail:
+        if self._mail is None:
+            raise ProtocolError("mail.no-such-site", "there are no other sites here", field="mail")
+        return self._mail
 
     @cached_property
     def personal(self) -> dict[str, Array]:

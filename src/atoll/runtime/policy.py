@@ -16,7 +16,7 @@ from atoll.contract.program import REGISTRY
 from atoll.contract.settings import read_yaml, validate
 from atoll.runtime.budget import Budget
 
-Shareable = Literal["rows", "metrics"]
+Shareable = Literal["rows", "metrics", "quality"]
 
 
 class AuditRule(BaseModel):
@@ -89,7 +89,7 @@ class Policy(BaseModel):
         return Policy(
             programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
             dominant_share=1.0, repeats="allow",
-            share=("rows", "metrics"), approval="automatic",
+            share=("rows", "metrics", "quality"), approval="automatic",
             roster="automatic", budgets={"*": Budget(epsilon=None, delta=None, exact_releases=None)},
         )  # fmt: skip
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from atoll.contract.errors import IntegrityError
+from atoll.contract.errors import IntegrityError, ProtocolError
+from atoll.contract.protection import REPLY
 from atoll.contract.rounds import Arrival, Gather, Gathered, Reduced, Round, Sum, Summed
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import verify
@@ -68,17 +69,28 @@ def acknowledge(
     return entries, receipts
 
 
+def members_of(released: Sequence[Incoming], most: int) -> int:
+    """Of how many sites the reply among one name's releases in a round is; raises ProtocolError above *most*."""
+    bodies = [incoming.meta["entry"]["body"] for incoming in released]
+    told = next((body.get("members", 1) for body in bodies if body["step"] == REPLY), 1)
+    if type(told) is not int or not 0 < told <= most:
+        raise ProtocolError("release.members", "a reply is of more sites than the plan says", field="cohort.members")
+    return told
+
+
 # ---------------------------------------------------------------- reductions, as they are stored
 
 
-def pack(result: Reduced, asked: Round) -> Message:
-    """A reduction as the run store keeps it."""
-    meta: dict[str, Json] = {"asked": f"{asked.program}/{asked.name}"}
+def pack(result: Reduced, asked: Round, question: str = "") -> Message:
+    """A reduction as the run store keeps it. question: the digest of what was asked, where somebody else asked it."""
+    meta: dict[str, Json] = {"asked": f"{asked.program}/{asked.name}", "question": question}
     if isinstance(result, Summed):
-        return Message("reduced", {**meta, "sites": list(result.sites)}, result.arrays)
+        of: dict[str, Json] = {"sites": list(result.sites), "behind": result.behind}
+        cohort = None if result.cohort is None else list(result.cohort)
+        return Message("reduced", {**meta, **of, "cohort": cohort}, result.arrays)
     if isinstance(result, Gathered):
         arrays = {f"{i}/{n}": v for i, s in enumerate(result.sites) for n, v in result.replies[s].items()}
-        return Message("reduced", {**meta, "sites": list(result.sites)}, arrays)
+        return Message("reduced", {**meta, "sites": list(result.sites), "broken": dict(result.broken)}, arrays)
     return Message("reduced", {**meta, "sites": [result.site], "asked_round": result.asked_round}, result.values)
 
 
@@ -93,11 +105,13 @@ def unpack(stored: Message, asked: Round) -> Reduced:
         )
     sites = tuple(str(site) for site in stored.meta["sites"])
     if isinstance(asked.reduce, Sum):
-        return Summed(stored.arrays, sites)
+        cohort = stored.meta.get("cohort")
+        among = None if cohort is None else tuple(map(str, cohort))
+        return Summed(stored.arrays, sites, int(stored.meta.get("behind", 0)), among)
     if isinstance(asked.reduce, Gather):
         replies: dict[str, dict[str, Array]] = {site: {} for site in sites}
         for key, value in stored.arrays.items():
             index, name = key.split("/", 1)
             replies[sites[int(index)]][name] = value
-        return Gathered(replies)
+        return Gathered(replies, dict(stored.meta.get("broken", {})))
     return Arrival(sites[0], int(stored.meta["asked_round"]), stored.arrays)

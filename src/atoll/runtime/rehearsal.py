@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,22 @@ from numpy.typing import NDArray
 
 from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.plan import Plan
-from atoll.contract.program import Program, handler_of
+from atoll.contract.program import Program, build, handler_of
 from atoll.contract.protection import REPLY, find, parted
 from atoll.contract.rounds import Field, Task, TaskId, as_arrays
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity
 from atoll.crypto.session import Session
+from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.privacy.dp.release import Noise
 from atoll.privacy.fixed_point import Layout
+from atoll.privacy.narrow import decode, narrow
 from atoll.runtime.coordinator import Coordinator
 from atoll.runtime.journal import Journal
-from atoll.runtime.noise import norms_of
+from atoll.runtime.noise import noise_of, norms_of
 from atoll.runtime.opened import _stream
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
@@ -142,7 +144,28 @@ def rehearse(
         stored = [(row["stage"], row["name"], store.reduced(run, row["number"])) for row in store.rounds(run)]
     made = tuple((stage, called, message) for stage, called, message in stored[: begun[0]] if message is not None)
     asked = next(iter(replies.values()))[0]
-    return Seen(begun[0], asked, {site: replies[site][1].arrays for site in data}, total.arrays, made)
+    seen = Seen(begun[0], asked, {site: replies[site][1].arrays for site in data}, total.arrays, made)
+    return _unpacked(plan, seen) if find(plan.protection.sum).reveals else seen
+
+
+def _unpacked(plan: Plan, seen: Seen) -> Seen:
+    """With numbers where ``plain`` sent them in few bits."""
+    fields, noise = seen.fields, noise_of(plan, len(seen.replies))
+    if noise is not None:
+        program = build(str(seen.asked.meta["program"]), seen.asked.meta["params"])
+        schema = Prepared(plan.recipe).schema(plan.table)
+        fields = noise.fitted(seen.number, fields, norms(plan, program, seen, schema))[0]
+    told = {
+        site: {name: _number(array, fields[name]) for name, array in reply.items()}
+        for site, reply in seen.replies.items()
+    }
+    return replace(seen, replies=told)
+
+
+def _number(array: Array, field: Field) -> Array:
+    if not narrow(field) or array.dtype != np.uint8:
+        return array
+    return decode(array, field).reshape([n or 0 for n in field.shape])
 
 
 def _tapped(site: str, endpoint: Endpoint, name: str, replies: dict[str, tuple[Message, Message]]) -> Endpoint:

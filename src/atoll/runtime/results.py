@@ -26,6 +26,7 @@ from atoll.models.model import Model
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.model_card import card
+from atoll.runtime.value import value_of
 
 SUMMED = "Sums were masked: the coordinator saw only the sum of {sites}, and no site saw another's numbers."
 PROTECTED = {
@@ -91,6 +92,8 @@ def summarise(
         result["metrics"]["personal"] = personal["pooled"]
         for site, metrics in result["metrics"]["per_site"].items():
             metrics["personal"] = personal["own"].get(site, {})
+    for site, metrics in found.pop("alone", {}).items():
+        result["metrics"]["per_site"][site]["local"] = metrics
     arrays: dict[str, Array] = {}
     if model is not None:
         arrays = {**model.arrays(), **found.pop("arrays", {})}
@@ -98,9 +101,22 @@ def summarise(
         result["model"] = {**described(model), "converged_rounds": table.pop("iterations", None), **table}
     if "columns" in found:
         result["statistics"] = {"rows": found.pop("rows"), "columns": found.pop("columns")}
+    if dense := found.pop("dense", None):
+        result["compression"] = compression(dense, traffic)
     found.pop("history", None)
     result["output"] = found
-    return to_plain(result), arrays
+    plain = to_plain(result)
+    if value := value_of(plain):
+        plain["value"] = value
+    return plain, arrays
+
+
+def compression(dense: Mapping[str, int], traffic: Mapping[str, int]) -> dict[str, Any]:
+    """What travelled, both ways, against every weight as a float32 in every training round; None where nothing did.
+    All that travelled counts, envelopes and evaluation too; of a run that was resumed, only what has since."""
+    told: dict[str, Any] = {f"dense_{way}": size for way, size in dense.items()}
+    ratios = {way: traffic.get(way, 0) / size if size else None for way, size in dense.items()}
+    return told | {f"ratio_{way.removesuffix('_bytes')}": ratio for way, ratio in ratios.items()}
 
 
 def described(model: Model) -> dict[str, Any]:
@@ -112,17 +128,28 @@ def described(model: Model) -> dict[str, Any]:
 @dataclass
 class Seen:
     """What the coordinator saw of a run. survivors: fewest sites in a sum; singly: programs whose replies it saw
-    site by site."""
+    site by site; mailed: programs whose sites wrote to each other."""
 
     survivors: int | None = None
     singly: set[str] = field(default_factory=set)
+    mailed: set[str] = field(default_factory=set)
 
     def note(self, asked: Round, value: Reduced) -> None:
         """One reduction more."""
+        if isinstance(value, Summed) and not value.sites:
+            return  # a lenient sum that came to nothing
         if isinstance(value, Summed):
             self.survivors = min(len(value.sites), self.survivors or len(value.sites))
+        elif _sealed(asked):
+            self.mailed.add(asked.program)
         elif not isinstance(value, Gathered) or value.sites:
             self.singly.add(asked.program)
+
+
+def _sealed(asked: Round) -> bool:
+    """Does it bring keys and envelopes alone, which tell the coordinator nothing of the data?"""
+    fields = asked.reply.values()
+    return bool(fields) and all(field.dtype == "|u1" and field.shape[:1] == (None,) for field in fields)
 
 
 def told_privacy(
@@ -143,6 +170,9 @@ def told_privacy(
     )
     if singly and chosen.sum != "plain":
         statement += f" Besides sums, the coordinator saw single sites' replies to {', '.join(sorted(singly))}."
+    if seen.mailed:
+        statement = statement.replace(", and no site saw another's numbers.", ".")
+        statement += f" In {', '.join(sorted(seen.mailed))} sites sent each other what the coordinator could not read."
     told: dict[str, Any] = {
         "protection": chosen.sum, "statement": statement, "survivors": survivors, "noised": privacy is not None,
         **dict.fromkeys(("unit", "epsilon", "delta", "mechanism", "spent")), "warnings": [],

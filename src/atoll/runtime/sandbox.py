@@ -2,7 +2,8 @@
 
 ``local``: coordinator and sites in this process. ``grpc``: one coordinator process and
 one process per site on loopback, set up with the very commands a real federation uses:
-own CA, join tokens, identities, mutual TLS. A plan that runs here is submitted
+own CA, join tokens, identities, mutual TLS. ``ray``: the sites in actors of a Ray cluster, for
+more of them than one machine holds. A plan that runs here is submitted
 unchanged to real sites. Afterwards the same plan is run on each site alone and on the
 pooled table, so that the result can be compared.
 """
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
 from atoll.contract.protection import Choice
+from atoll.contract.schedule import Schedule
 from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
 from atoll.crypto.identity import Identity
@@ -36,6 +38,7 @@ from atoll.data.sources import SourceSpec
 from atoll.data.table import concatenate
 from atoll.models.allowed import allow, asked_in
 from atoll.runtime.catalogue import load_installed
+from atoll.runtime.cluster import run_cluster
 from atoll.runtime.coordinator import Coordinator, Event
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.journal import Journal
@@ -45,8 +48,11 @@ from atoll.runtime.serve import settle
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
 from atoll.runtime.study import check_plan, settled
+from atoll.runtime.value import value_of
 from atoll.transport.local import LocalTransport
 
+OF_MANY = ("aggregate", "sites_per_round", "buffer", "compress", "alone", "topology")
+"""Parameters that say something of several sites: a party alone has no use for them."""
 START_S = 60.0
 """Patience for the start of a process on a busy machine."""
 
@@ -60,11 +66,12 @@ def read_sites(path: Path) -> dict[str, SourceSpec]:
 
 def run_sandbox(
     plan: Plan, sources: Mapping[str, SourceSpec], base: Path, out: Path,
-    transport: Literal["local", "grpc"] = "local", on_event: Event | None = None,
+    transport: Literal["local", "grpc", "ray"] = "local", on_event: Event | None = None, address: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Run *plan* on *sources* (paths relative to *base*); returns (result, details for the report).
 
-    Writes result.json, model/ and ledger/PARTY.jsonl into *out*. Raises the AtollError that ended it.
+    address: of the Ray cluster; None: one is started on this machine. Writes result.json, model/ and
+    ledger/PARTY.jsonl into *out*. Raises the AtollError that ended it.
     """
     load_installed()
     allow(asked_in(plan.params))  # it is one's own
@@ -80,6 +87,8 @@ def run_sandbox(
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         if transport == "local":
             store, run = _run_local(plan, tables, Path(scratch), ledgers, tell)
+        elif transport == "ray":
+            store, run = run_cluster(plan, sources, base, Path(scratch), ledgers, tell, address)
         else:
             store, run = _run_grpc(plan, sources, base, Path(scratch), ledgers, tell)
         result, arrays = store.result(run)
@@ -87,8 +96,10 @@ def run_sandbox(
         shown = details(plan, store.metrics(run), store.rounds(run), exported)
         store.close()
     shown["curves"] = result.pop("curves", {})
-    if result["metrics"]["federated"]:
+    if result["metrics"]["federated"] or result["metrics"].get("personal"):
         _compare(plan, tables, result, tell)
+        if value := value_of(result):
+            result["value"] = value
     write_json(out / "result.json", result)
     write_model(out / "model", plan, result, arrays)
     return result, shown
@@ -143,7 +154,9 @@ def _same(table: SiteData, _: Plan) -> SiteData:
 def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any], tell: Event) -> None:
     """The same plan on each site alone and on the pooled table (rows and hold-out unchanged)."""
     alone = {"cohort": plan.cohort.model_copy(update={"sites": (), "min_sites": 1, "on_dropout": "fail"})}
-    solo = plan.model_copy(update={**alone, "protection": Choice(sum="plain"), "privacy": None})
+    params = {name: value for name, value in plan.params.items() if name not in OF_MANY}
+    one = {"protection": Choice(sum="plain"), "privacy": None, "schedule": Schedule(), "params": params}
+    solo = plan.model_copy(update={**alone, **one})
     room = {"max_rows": plan.table.max_rows * len(tables)}  # or more rows than one site's would be clipped
     whole = solo.model_copy(update={"table": plan.table.model_copy(update=room)})
     rows = concatenate([data.base() for data in tables.values()])
@@ -164,7 +177,7 @@ def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any],
             result["metrics"]["pooled"] = found[which]
         else:
             place = result["metrics"]["per_site"][name]
-            place["local"] = found["per_site"][name][which]
+            place["local"] = found["per_site"][name][which] or place.get("local", {})
         if "note" in found:
             result["metrics"].setdefault("notes", {})[name] = found["note"]
 

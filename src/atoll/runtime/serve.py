@@ -21,10 +21,14 @@ from atoll.models.allowed import allow
 from atoll.runtime.catalogue import load_installed, load_modules
 from atoll.runtime.coordinator import Coordinator
 from atoll.runtime.home import CoordinatorHome, SiteHome
+from atoll.runtime.region import Region, RegionHome
 from atoll.runtime.site import Site
+from atoll.transport.base import Endpoint
 from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
 
 log = logging.getLogger("atoll.serve")
+CHECK_S, AGAIN_S = 10.0, 1.0
+"""How often a site, and a region, looks whether it has to connect anew."""
 POLL_S = 0.1
 """How often a coordinator looks for requests its operator's commands left in the store."""
 
@@ -46,14 +50,14 @@ class CoordinatorServer:
             spool_dir=home.folder,
         )
         ledger = store.ledger(home.identity.public, home.identity.sign)
-        self._coordinator = Coordinator(self._transport, store, ledger, on_event=on_event)
+        self.coordinator = Coordinator(self._transport, store, ledger, on_event=on_event)
         self._running: dict[str, asyncio.Task[None]] = {}
         self._telling: set[asyncio.Task[None]] = set()
         self._cancelled: set[str] = set()
 
     def _connected(self, site: str) -> None:
         self._store.seen(site)
-        telling = asyncio.ensure_future(self._coordinator.tell_ended(site))
+        telling = asyncio.ensure_future(self.coordinator.tell_ended(site))
         self._telling.add(telling)
         telling.add_done_callback(self._telling.discard)
 
@@ -91,8 +95,10 @@ class CoordinatorServer:
                 self._transport.disconnect(site)
 
     async def _drive(self, run: str) -> None:
+        if self._store.run(run)["plan"].cohort.above:  # its rounds are asked from above: see runtime.region
+            return
         try:
-            await self._coordinator.run(run)
+            await self.coordinator.run(run)
         except AtollError as error:
             log.error("run %s failed: %s", run, error)
         except Exception as error:
@@ -109,26 +115,68 @@ async def serve_site(home: SiteHome, on_state: Callable[[str], None]) -> None:
 
     Raises IntegrityError when the coordinator refuses this site (revoked, foreign, expired).
     """
+    _load(home)
+    journal = home.journal()
+    key = bytes.fromhex(home.config.coordinator_key)
+    site = Site(home.identity, journal, home.policy, home.data, key, home.config.at_once)
+    try:
+        await _stay_connected(home, site.handle, on_state)
+    finally:
+        journal.close()
+
+
+async def serve_region(
+    home: RegionHome, on_state: Callable[[str], None], on_event: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Stay connected to the level above, listen for the region's own sites, and answer with their sums.
+
+    Raises as :func:`serve_site`.
+    """
+    _load(home.site)
+    server, journal = CoordinatorServer(home.coordinator, on_event), home.site.journal()
+    region = Region(
+        home.site.identity, journal, home.site.policy, bytes.fromhex(home.site.config.coordinator_key), home.level,
+        server.coordinator, asyncio.get_running_loop(),
+    )  # fmt: skip
+    below = asyncio.create_task(server.serve())
+    above = asyncio.create_task(_stay_connected(home.site, region.handle, on_state, region.back))
+    try:
+        region.tidy()
+        await asyncio.wait([below, above], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, stop in ((above, region.stop), (below, journal.close)):  # nobody above hears of work that is stopped
+            task.cancel()
+            await asyncio.wait([task])
+            stop()
+    for task in (above, below):
+        if not task.cancelled():
+            task.result()
+
+
+def _load(home: SiteHome) -> None:
+    """Make known what the site's policy lets run."""
     load_installed()
     load_modules(home.policy.modules)
     allow(home.policy.models)
-    journal = home.journal()
-    site = Site(home.identity, journal, home.policy, home.data, bytes.fromhex(home.config.coordinator_key))
+
+
+async def _stay_connected(
+    home: SiteHome, endpoint: Endpoint, on_state: Callable[[str], None], again: Callable[[], bool] | None = None
+) -> None:
+    """Answer the coordinator with *endpoint* until cancelled. again: is it time to connect anew?"""
+    check_s = CHECK_S if again is None else AGAIN_S
     link = GrpcSite(
-        home.config.address, home.ca_pem, home.pair, site.handle,
-        max_message_bytes=home.policy.max_message_bytes, on_state=on_state,
+        home.config.address, home.ca_pem, home.pair, endpoint,
+        max_message_bytes=home.policy.max_message_bytes, on_state=on_state, check_s=check_s,
     )  # fmt: skip
 
     async def renew(channel: Any) -> bool:
         async def call(request: Mapping[str, Json]) -> dict[str, Any]:
             return await on_channel(channel, "Renew", request)
 
-        return await home.renew(call)
+        return (again is not None and again()) or await home.renew(call)
 
-    try:
-        await link.run(renew)
-    finally:
-        journal.close()
+    await link.run(renew)
 
 
 def settle() -> None:

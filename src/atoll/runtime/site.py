@@ -20,21 +20,26 @@ from atoll.contract.errors import AtollError, IntegrityError, PlanError, Protoco
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.protection import REPLY, find, parted
-from atoll.contract.rounds import Field, Task, TaskId
+from atoll.contract.rounds import Field, Task, TaskId, alike, for_members
+from atoll.contract.schedule import EFFORT
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity, verify
 from atoll.crypto.session import Session, claim
 from atoll.data.site_data import SiteData
+from atoll.ledger.contributions import share_of
 from atoll.ledger.entry import leaf
 from atoll.ledger.verify import verify_receipt
 from atoll.runtime.approval import Progress, await_approval
 from atoll.runtime.egress import EgressGate, Request, too_large
+from atoll.runtime.job import Done, Job
 from atoll.runtime.journal import ENDS, PERSONAL, Journal, Receipt, not_running
 from atoll.runtime.memory import question_digest
 from atoll.runtime.opened import Opened
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
 from atoll.runtime.roster import read_roster, roster_hash
+from atoll.runtime.turns import Turns
+from atoll.statistics.quality import completeness
 
 log = logging.getLogger("atoll.site")
 
@@ -44,13 +49,14 @@ class Site:
 
     def __init__(
         self, identity: Identity, journal: Journal, policy: Policy, data: Callable[[Plan], SiteData],
-        coordinator_public: bytes,
+        coordinator_public: bytes, at_once: int | None = None,
     ) -> None:  # fmt: skip
-        """data: reads, checks and prepares the site's own table for a plan. coordinator_public: pinned at enrolment."""
+        """data: reads, checks and prepares the site's own table for a plan. coordinator_public: pinned at enrolment.
+        at_once: how many runs compute at the same time (default: as many as there are cores)."""
         self.name, self._identity = identity.name, identity
         self._journal, self._policy, self._data = journal, policy, data
         self._coordinator = coordinator_public
-        self._gate = EgressGate(policy, journal)
+        self._gate, self.turns = EgressGate(policy, journal), Turns(at_once)
         self._runs: dict[str, Opened] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
@@ -114,22 +120,41 @@ class Site:
                 remedy="tell the coordinator's operator: this site's identity was replaced",
             )  # fmt: skip
         await_approval(self._journal, self._policy, self.name, run, roster, progress)
+        members = self._members(run, progress)
         if self._journal.status(run) == "approved":  # else a restarted coordinator asks again
-            with self._lock(run):
-                tables = self._opened(run).tables({})
-                rows = sum(map(len, tables))
-            self._journal.set_setting(f"rows {run}", str(rows))
+            number = self._rows(run)
+            self._journal.set_setting(f"rows {run}", "" if number is None else str(number))
+            self._journal.set_setting(f"quality {run}", self._quality(run))
             self._journal.record(
                 "joined",
                 {"run": run, "plan": plan.hash, "study": plan.name, "program": plan.program, "purpose": plan.purpose,
                  "protection": plan.protection.sum, "roster": announced["roster_hash"]},
             )  # fmt: skip
             self._journal.start_run(run, plan, self._policy.budget(plan.dataset))
-        told = self._journal.setting(f"rows {run}") if "rows" in self._policy.share and plan.privacy is None else ""
+        shared = () if plan.privacy is not None else self._policy.share
+        told = {what: self._journal.setting(f"{what} {run}") for what in ("rows", "quality") if what in shared}
         public = Session(self._journal.session(run)).public
         signed = public + self._identity.sign(claim(run, announced["roster_hash"], self.name, public))
-        answer = {"re": message.meta["id"], "rows": int(told) if told else None, "session": signed.hex()}
-        return Message("opened", answer)
+        rows, quality = told.get("rows"), told.get("quality")
+        answer = {"re": message.meta["id"], "rows": int(rows) if rows else None, "session": signed.hex()}
+        answer |= {"quality": float(quality)} if quality else {}
+        return Message("opened", answer | ({"members": members} if members > 1 else {}))
+
+    def _members(self, run: str, progress: Progress) -> int:
+        """How many sites stand behind this one's name, before the approved run begins here."""
+        return 1
+
+    def _rows(self, run: str) -> int | None:
+        """How many rows there are for the run, if that is known."""
+        with self._lock(run):
+            return sum(map(len, self._opened(run).tables({})))
+
+    def _quality(self, run: str) -> str:
+        """How complete the training rows are, where the site tells that of itself."""
+        if "quality" not in self._policy.share:
+            return ""
+        with self._lock(run):
+            return str(completeness(self._opened(run).tables({})[0]))
 
     # ---------------------------------------------------------------- tasks
 
@@ -139,7 +164,7 @@ class Site:
             raise ProtocolError("task.misdirected", "the task is for another site", field="site")
         with self._lock(task.run):
             status, release, state = self._journal.begin(str(task), task.run, str(meta["program"]), task.round)
-            _must_be_running(status)
+            must_be_running(status)
             receipts = self._verified(meta["receipts"])
             if release is None:
                 release = self._answer(task, message, progress, state, receipts)
@@ -170,35 +195,52 @@ class Site:
         protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
         sent, exchanged = parted(message.arrays)
         party, digest = opened.party(task, exchanged, protection, meta, program), question_digest(meta, message.arrays)
-        asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest)
+        room = for_members(fields, opened.plan.cohort.members) if handler.reduce == "sum" else fields
+        asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest, room)
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)
-        question = question_digest(meta, sent) if exchanged else digest
+        told = opened.plan.schedule.allowed(sent)
+        same = {name: value for name, value in alike(sent).items() if name != EFFORT}  # that is another for each site
+        question = digest if protection.reveals else question_digest(meta, same)
         if not protection.reveals and question != party.terms.question:
             raise ProtocolError(
                 "task.question", "what is asked is not what the round's steps are about", field="question",
                 remedy="the coordinator asked sites in different words: do not go on with it",
             )  # fmt: skip
-        before = dict(state)
         if meta["view"]:
             self._journal.pin_view(task.run, meta["view"])
+        with opened.paying(task.run):
+            charged = question_digest(meta, alike(sent))  # the effort, too: the round is not asked again with another
+            job = Job(opened, program, message, sent, told, charged, protection, party, state)
+            done = self._work(job, asked, progress)
+            return self._gate.release(done.asked, done.reply, protection, party, done.cost, done.state, receipts)
+
+    def _work(self, job: Job, asked: Request, progress: Progress) -> Done:
+        """Have the handler answer from the site's own table."""
+        opened, task, state = job.opened, asked.task, job.state
+        before, tables = dict(state), opened.tables(job.message.meta["view"])
 
         def tell(done: float, total: float) -> None:
-            _must_be_running(self._journal.status(task.run))
+            must_be_running(self._journal.status(task.run))
             progress({"done": round(done / max(total, 1), 2), "total": 1})  # not how many rows there are
 
-        smallest = self._policy.min_group_size if protection.reveals and opened.noise is None else 1
+        smallest = self._policy.min_group_size if job.protection.reveals and opened.noise is None else 1
         own = partial(self._journal.state, task.run, PERSONAL)
-        view = View(self.name, opened.tables(meta["view"]), state, tell, self._policy.share, smallest, own)
+        view = View(self.name, tables, state, tell, self._policy.share, smallest, own,
+                    opened.mail(task.run, job.program.name))  # fmt: skip
         seed = hashlib.sha256(f"atoll shuffle\0{opened.plan.run.seed}\0{self.name}\0{task.round}".encode()).digest()
         words = tuple(np.frombuffer(seed, "<u4").tolist())
-        with opened.paying(task.run):
-            reply = handler.answer(program, view, Task(task, sent, words, opened.random(task.round, "sample")))
-            changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
-            party.personal = view.personalised()
-            party.query = opened.remembered(message, view, protection)
-            cost = opened.cost(task, program, name, view, fields, sent, question)
-            return self._gate.release(asked, reply, protection, party, cost, state if changed else None, receipts)
+        secret = opened.random(task.round, "sample")
+        with self.turns.taken(task.run, lambda: tell(0, 1)):
+            reply = asked.handler.answer(job.program, view, Task(task, job.told, words, secret))
+        changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
+        job.party.personal = view.personalised()
+        if asked.fields:
+            rows = np.stack([part.sketch for part in tables])
+            job.party.query = opened.remembered(job.message, rows, job.protection)
+        schema = view.table.schema
+        cost = opened.cost(task, job.program, asked.name, schema, asked.fields, job.sent, job.question)
+        return Done(asked, reply, cost, state if changed else None)
 
     def _lock(self, run: str) -> threading.Lock:
         """Tasks of one run are answered one after another."""
@@ -227,13 +269,19 @@ class Site:
         if meta["status"] not in ENDS:
             raise ProtocolError("run.no-end", "a run cannot be closed in this way", field="status")
         heard = str(AtollError.from_public(meta["error"])) if meta.get("error") else ""
-        self._journal.end_run(run, meta["status"], meta.get("error"), heard)
+        credited = None
+        if (entry := meta.get("contribution")) is not None:
+            share = share_of(entry, run, self.name, self._coordinator, verify)
+            credited = {"run": run, "share": share, "entry": entry}
+        self._journal.end_run(run, meta["status"], meta.get("error"), heard, credited)
         with self._guard:
             self._runs.pop(run, None)
             self._locks.pop(run, None)
+        self.turns.forget(run)
         return Message("closed", {"re": meta["id"], "unacknowledged": len(self._journal.unacknowledged(run))})
 
 
-def _must_be_running(status: str) -> None:
+def must_be_running(status: str) -> None:
+    """Raise ProtocolError for a task of a run that is not running here."""
     if status != "running":
         raise not_running(status)

@@ -117,13 +117,13 @@ class RunStore:
 
     # -- runs
 
-    def create_run(self, plan: Plan, sites: Sequence[str]) -> str:
-        """Store a submitted run; returns its random 128-bit id (hex)."""
-        run = secrets.token_hex(16)
+    def create_run(self, plan: Plan, sites: Sequence[str], run: str = "", status: str = "submitted") -> str:
+        """Store a submitted run (or one of that id and *status*); returns its random 128-bit id (hex)."""
+        run = run or secrets.token_hex(16)
         with self._begin() as db:
             db.execute(
                 RUNS.insert().values(
-                    run=run, created=_now("microseconds"), status="submitted", name=plan.name,
+                    run=run, created=_now("microseconds"), status=status, name=plan.name,
                     plan=to_json(plan.to_json()).decode(), plan_hash=plan.hash, sites=json.dumps(list(sites)),
                     cancel=False, note="", result=None,
                 )
@@ -251,15 +251,31 @@ class RunStore:
         with self._begin() as db:
             return self._read_blob(db, run, f"round {number}")
 
+    def forget(self, run: str, number: int) -> None:
+        """Drop a stored reduction that nobody will ask for again."""
+        with self._begin() as db:
+            db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name == f"round {number}"))
+
     def rounds(self, run: str) -> list[dict[str, Any]]:
         """Finished rounds, in order."""
         with self._begin() as db:
             rows = db.execute(ROUNDS.select().where(ROUNDS.c.run == run).order_by(ROUNDS.c.number)).mappings()
             return [{**row, "receipts": json.loads(row["receipts"])} for row in rows]
 
-    def save_checkpoint(self, run: str, number: int, stage: str, state: Mapping[str, Array]) -> None:
-        """Store a program's state before round *number* and forget reductions of earlier rounds of *stage*."""
+    def owed(self, run: str) -> dict[str, list[Json]]:
+        """The receipts of every site's last round; its earlier ones went out with its last task."""
+        last: dict[str, list[Json]] = {}
+        for finished in self.rounds(run):
+            last.update(finished["receipts"])
+        return last
+
+    def save_checkpoint(
+        self, run: str, number: int, stage: str, state: Mapping[str, Array], flights: Message | None = None
+    ) -> None:
+        """Store a program's state before round *number*, and what is in flight then, and forget reductions of earlier
+        rounds of *stage*."""
         with self._begin() as db:
+            self._write_blob(db, run, "flights", flights or Message("flights", {"rounds": []}))
             self._write_blob(db, run, "checkpoint", Message("checkpoint", {"number": number}, dict(state)))
             old = sa.select(sa.literal("round ") + sa.cast(ROUNDS.c.number, sa.String)).where(
                 ROUNDS.c.run == run, ROUNDS.c.stage == stage, ROUNDS.c.number < number
@@ -271,6 +287,11 @@ class RunStore:
         with self._begin() as db:
             stored = self._read_blob(db, run, "checkpoint")
         return (int(stored.meta["number"]), stored.arrays) if stored else None
+
+    def flights(self, run: str) -> Message:
+        """What was in flight at the last checkpoint (see ``runtime.courier.Flights``)."""
+        with self._begin() as db:
+            return self._read_blob(db, run, "flights") or Message("flights", {"rounds": []})
 
     def _write_blob(self, db: Connection, run: str, name: str, message: Message) -> None:
         db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name == name))
@@ -383,6 +404,14 @@ class RunStore:
         """Store one ledger entry."""
         with self._begin() as db:
             db.execute(LEDGER.insert().values(seq=entry["seq"], line=entry_line(entry).decode()))
+
+    def entry_of(self, kind: str, run: str) -> Entry | None:
+        """The last ledger entry of a *kind* that is about *run*, if there is one."""
+        likely = LEDGER.c.line.contains(f'"kind":"{kind}"') & LEDGER.c.line.contains(run)
+        with self._begin() as db:
+            lines = db.execute(sa.select(LEDGER.c.line).where(likely).order_by(LEDGER.c.seq.desc())).scalars().all()
+        entries: list[Entry] = [json.loads(line) for line in lines]
+        return next((e for e in entries if e["kind"] == kind and e["body"].get("run") == run), None)
 
     def export_ledger(self, path: Path) -> None:
         """Write the ledger as JSON lines."""

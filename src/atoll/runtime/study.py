@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from atoll.contract.capabilities import Capabilities, conflicts
+from atoll.aggregation.rule import Aggregation
+from atoll.contract.capabilities import MEANING, Capabilities, conflicts
 from atoll.contract.errors import AtollError, PlanError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, relay
@@ -47,6 +48,7 @@ def check_plan(plan: Plan) -> Program:
             if plan.privacy is not None:
                 parts.append(NOISED)
             problems.extend(conflicts([program.capabilities, *parts]))
+            problems.extend(_beyond_regions(plan, program))
     except PlanError as error:
         problems.append(error)
     try:
@@ -78,6 +80,27 @@ def settled(plan: Plan) -> Plan:
     return plan.model_copy(update={"protection": plan.protection.model_copy(update={"sum": chosen})})
 
 
+def _beyond_regions(plan: Plan, program: Program) -> list[PlanError]:
+    """What of a plan regions cannot answer: where several sites may stand behind a name, or a region asks its own."""
+    if plan.cohort.members == 1 and not plan.cohort.above:
+        return []
+    found = [
+        PlanError(
+            "region.reduction", f"{program.name} needs {MEANING[tag]}, and regions answer only with sums", field=tag,
+            remedy="choose a program that needs only sums, or ask the sites themselves",
+        )
+        for tag in sorted(program.capabilities.needs - SUMMABLE)
+    ]  # fmt: skip
+    if plan.privacy is not None:
+        found.append(
+            PlanError(
+                "region.privacy", "no noise is chosen for sums that are made in regions first", field="privacy",
+                remedy="ask the sites themselves, in one cohort",
+            )
+        )  # fmt: skip
+    return found
+
+
 def _check_columns(program: Program, schema: Any) -> None:
     """Start the generator and throw it away: its first round needs the schema, and no data."""
     steps = program.coordinate(Cohort(("check",), schema))
@@ -91,9 +114,18 @@ def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
     if unknown := sorted(plan.schedule.priority.keys() - set(plan.cohort.sites or plan.schedule.priority)):
         raise PlanError("plan.unknown-site", f"the cohort has no site {unknown[0]!r}", field="schedule.priority",
                         remedy="name a site of cohort.sites")  # fmt: skip
-    if drawn is not None and drawn < plan.cohort.min_sites:
+    chosen_above = bool(plan.cohort.above)  # a region asks all of its own sites
+    if drawn is not None and drawn < plan.cohort.min_sites and not chosen_above:
         raise PlanError("plan.too-few-drawn", "a round would have fewer sites than the cohort's rule demands",
                         field="params.sites_per_round", remedy="raise it, or lower cohort.min_sites")  # fmt: skip
+    least = min(plan.cohort.min_sites, len(plan.cohort.sites))
+    if program.fewest(len(plan.cohort.sites)) < least and plan.cohort.sites and not chosen_above:
+        raise PlanError("plan.too-few-drawn", "a sum would be of fewer sites than the cohort's rule demands",
+                        field="params", remedy="make groups and buffers larger, or lower cohort.min_sites")  # fmt: skip
+    _check_partial(plan, program)
+    if not chosen_above:
+        _check_end(plan, program, schema)
+    _check_aggregate(plan, program, plan.cohort.sites)
     if getattr(program.params, "evaluate_every", None) and not (plan.run.evaluate and plan.run.holdout):
         raise PlanError("plan.no-holdout", "there are no rows to evaluate on during the run",
                         field="params.evaluate_every", remedy="set run.holdout, or leave it out")  # fmt: skip
@@ -108,6 +140,45 @@ def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
                         field="run.holdout_by", remedy="leave it out: rows are then drawn each by itself")  # fmt: skip
 
 
+def _check_partial(plan: Plan, program: Program) -> None:
+    """Raise PlanError where sums of some of the cohort, or of sites at different work, would undo what the plan's
+    protection promises."""
+    sites = len(plan.cohort.sites) or 1_000_000
+    some = program.fewest(sites) < sites or any(share < 1 for share in plan.schedule.priority.values())
+    if plan.protection.key_holder and some:
+        raise PlanError("plan.key-holder-away", "sums are of some of the cohort, and the key holder may not be of them",
+                        field="protection.key_holder", remedy="leave it out: each sum finds one")  # fmt: skip
+    uneven = "ready" in program.capabilities.needs or plan.schedule.effort_min < 1
+    if plan.protection.adversary == "active" and plan.privacy is None and (some or uneven):
+        raise PlanError(
+            "plan.active-choice", "a coordinator that does not keep the protocol could choose cohorts, efforts or ages "
+            "such that sums tell of single sites", field="protection.adversary",
+            remedy="ask the whole cohort in every round (no draws, groups, buffers, priorities or efforts), or add "
+            "privacy",
+        )  # fmt: skip
+
+
+def _check_end(plan: Plan, program: Program, schema: TableSchema) -> None:
+    """Raise PlanError where a run of differential privacy could end early, and rounds that its noise was not chosen for
+    would follow."""
+    early = getattr(program.params, "stop", None)
+    budgeted = plan.schedule.stop_after_s is not None or plan.schedule.stop_after_bytes is not None
+    follows = _evaluation(plan, program, schema) is not None or getattr(program, "personal", False)
+    if plan.privacy is not None and follows and (budgeted or getattr(early, "asked", False)):
+        raise PlanError(
+            "privacy.early-stop", "the noise is chosen for a known number of rounds, and others follow these",
+            field="params.stop" if not budgeted else "schedule",
+            remedy="set run.evaluate: false, or let the run go on to its end",
+        )  # fmt: skip
+
+
+def _check_aggregate(plan: Plan, program: Program, sites: tuple[str, ...]) -> None:
+    """Raise PlanError where *sites* are too few for the rule that is to withstand some of them."""
+    aggregate = getattr(program.params, "aggregate", None)
+    if isinstance(aggregate, Aggregation):
+        aggregate.check_cohort(sites, getattr(program.params, "sites_per_round", None), plan.cohort.min_sites)
+
+
 def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None = None) -> Steps:
     """Everything a run asks of the cohort, in order; returns {"result", "fitted", "preparation", "evaluation"}.
 
@@ -115,6 +186,7 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     place of the rounds before it.
     """
     program, prepared, exact = check_plan(plan), Prepared(plan.recipe), plan.privacy is None
+    _check_aggregate(plan, program, sites)
     schema = plan.table
     view: dict[str, Json] = {}
     for stage in prepared.stages():
@@ -135,7 +207,8 @@ def study(plan: Plan, sites: tuple[str, ...], start: Mapping[str, Array] | None 
     outcome["result"] = result = yield from _staged(program.coordinate(cohort, start), "program", view, schema)
     evaluation = _evaluation(plan, program, schema)
     if evaluation is not None:
-        steps = evaluation.coordinate(cohort, {"weights": result["model"].weights})
+        scored = result.get("model") or program.model(schema)  # type: ignore[attr-defined]
+        steps = evaluation.coordinate(cohort, {"weights": scored.weights})
         outcome["evaluation"] = yield from _staged(steps, "evaluate", view, schema)
     return outcome
 
@@ -157,7 +230,8 @@ def _evaluation(plan: Plan, program: Program, schema: TableSchema) -> Program | 
     model = getattr(program, "model", None)
     if model is None or not plan.run.evaluate or plan.run.holdout == 0:
         return None
-    return asked_of(model(schema), exact=plan.privacy is None, personal=getattr(program, "personal", False))
+    shared, personal = getattr(program, "shared", True), getattr(program, "personal", False)
+    return asked_of(model(schema), exact=plan.privacy is None, personal=personal or not shared, shared=shared)
 
 
 def _said(program: Program) -> tuple[str, bytes]:
@@ -192,6 +266,8 @@ def _nothing(asked: Round) -> Summed | Gathered | Arrival:
     return Gathered({}) if isinstance(asked.reduce, Gather) else Arrival("a", 0, zeros)
 
 
+SUMMABLE = frozenset({"sum", "bounded", "resolution", "bounded-weight"})
+"""What a program may need where regions answer."""
 NOISED = Capabilities("privacy (noised sums)", needs=frozenset({"bounded", "resolution"}), offers=frozenset())
 DRY_ROUNDS = 64
 UNDEFINED = (ArithmeticError, ValueError, IndexError)

@@ -67,12 +67,13 @@ class Evaluation:
     class Params(ProgramParams):
         """model: a model's spec (its weights are sent as arrays). bins: of the score histogram.
         own: also ask each site for its own metrics, where its policy shares them. personal: score also the model that
-        each site has for itself."""
+        each site has for itself. shared: score the model that is sent; false: there is none but the sites' own."""
 
         model: dict[str, Json]
         bins: int = Field(default=1024, ge=10, le=65_536)
         own: bool = True
         personal: bool = False
+        shared: bool = True
 
     def __init__(self, params: Params) -> None:
         self.params = params
@@ -84,7 +85,9 @@ class Evaluation:
         """*start* holds the model's arrays. Returns {"pooled": metrics, "own": {site: metrics}, "curves": …}, and the
         same of sites' personal models as "personal"."""
         send = dict(start or {})
-        found = yield from self._asked(cohort, send)
+        found: dict[str, Any] = {"pooled": {}, "own": {}, "curves": {}}
+        if self.params.shared:
+            found = yield from self._asked(cohort, send)
         if self.params.personal:
             found["personal"] = yield from self._personal(cohort, {**send, **PERSONAL})
         return found
@@ -107,7 +110,7 @@ class Evaluation:
         """Each site's own metrics, of those that are in *pooled*."""
         own: dict[str, dict[str, float]] = {}
         if self.params.own and cohort.exact:
-            gathered = yield Round("own", Gather(), {n: real() for n in _own(model)}, send, optional=True)
+            gathered = yield Round("own", Gather(), {n: real() for n in own_metrics(model)}, send, optional=True)
             for site in gathered:
                 values = {n: float(v) for n, v in gathered[site].items()}
                 own[site] = {n: v for n, v in values.items() if n in pooled or (n == "rows" and not math.isnan(v))}
@@ -307,17 +310,18 @@ class Evaluation:
             found = {name: float(f"{value:.3g}") for name, value in found.items()}
         if site.shares("rows"):
             found["rows"] = float(len(y))
-        return {name: found.get(name, math.nan) for name in _own(model)}
+        return {name: found.get(name, math.nan) for name in own_metrics(model)}
 
 
-def asked_of(model: Model, *, exact: bool, personal: bool) -> Program:
+def asked_of(model: Model, *, exact: bool, personal: bool, shared: bool = True) -> Program:
     """The evaluation that a study makes of a model, during a run and after it."""
-    return build("statistics.evaluation", {"model": model.spec(), "own": exact, "personal": personal})
+    asked = {"model": model.spec(), "own": exact, "personal": personal}
+    return build("statistics.evaluation", asked if shared else {**asked, "shared": False})
 
 
 def scored(learner: Any, cohort: Cohort, weights: Array, number: int) -> Steps:
     """Score *learner*'s model in mid-run, as Metrics of round *number*: the cohort's, each site's own ("accuracy,
-    north") and those of personal models ("personal accuracy")."""
+    north") and those of personal models ("personal accuracy"). Returns the cohort's."""
     asked = asked_of(learner.model(cohort.schema), exact=cohort.exact, personal=learner.personal)
     found = yield from asked.coordinate(cohort, {"weights": weights})
     values: dict[str, float] = {}
@@ -326,6 +330,7 @@ def scored(learner: Any, cohort: Cohort, weights: Array, number: int) -> Steps:
         for site, own in part.get("own", {}).items():
             values |= {f"{prefix}{name}, {site}": value for name, value in own.items() if name != "rows"}
     yield Metrics(number, {name: value for name, value in values.items() if not math.isnan(value)})
+    return found.get("pooled", {})
 
 
 def from_cells(cells: Array) -> dict[str, Array]:
@@ -395,7 +400,7 @@ def _by_target(schema: TableSchema, model: Model, rows: int, sums: Mapping[str, 
     return {**{n: float(np.mean([found[n] for found in each])) for n in each[0]}, **named}
 
 
-def _own(model: Model) -> tuple[str, ...]:
+def own_metrics(model: Model) -> tuple[str, ...]:
     """The metrics that a site can tell of its own."""
     several = model.targets if len(model.targets) > 1 else ()
     return OWN + tuple(f"{metric} {name}" for name in several for metric in ("mae", "rmse", "r2"))

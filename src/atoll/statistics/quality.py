@@ -303,6 +303,32 @@ class Quality:
             }
 
 
+def own_quality(table: TableView, outlier: float = 4.0) -> float:
+    """What a site can say of its rows by itself, in [FLOOR, 1]: the geometric mean of completeness, uniqueness and
+    plausibility, the last by its own quartiles. No rows: FLOOR."""
+    if not len(table):
+        return FLOOR
+    names = [name for name, column in table.schema.columns.items() if column.role != "ignore"]
+    plain = {name for name in table.schema.numeric_columns() if table.schema.columns[name].values is None}
+    shares = {"plausibility": [], "completeness": [1 - _missing(table, name) / len(table) for name in names]}
+    for name in sorted(plain & set(names)):
+        values = table[name][~np.isnan(table[name])]
+        lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)) if len(values) else np.zeros(3)
+        if upper > lower:
+            shares["plausibility"].append(float((np.abs(values - median) <= outlier * (upper - lower) / 1.349).mean()))
+    shares["uniqueness"] = [1 - duplicates(table) / len(table)]
+    means = [max(float(np.mean(found)), FLOOR) for found in shares.values() if found]
+    return math.exp(math.fsum(map(math.log, means)) / len(means))
+
+
+def completeness(table: TableView) -> float:
+    """Share of the cells in feature columns that are not missing, in [FLOOR, 1], to two digits: so little that it tells
+    of no single row. No cells: 1."""
+    names = [name for name, column in table.schema.columns.items() if column.role == "feature"]
+    missing = sum(_missing(table, name) for name in names)
+    return max(round(1 - missing / max(len(names) * len(table), 1), 2), FLOOR)
+
+
 def _watched(names: list[str], time: str) -> list[str]:
     """The columns whose cells are counted: *names* first."""
     return [*names, time] if time and time not in names else names
@@ -403,4 +429,4 @@ def _bits(table: TableView, name: str, size: int = 1 << 20) -> Iterator[tuple[in
         yield start, bits
 
 
-__all__ = ["COMPONENTS", "FLOOR", "Quality", "duplicates"]
+__all__ = ["COMPONENTS", "FLOOR", "Quality", "completeness", "duplicates", "own_quality"]

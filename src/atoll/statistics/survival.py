@@ -141,7 +141,7 @@ class Survival:
             small = bool(((people > 0) & (people < fewest)).any())
             if people.any() and not small:
                 tested.append((str(name), people, below, set(cuts)))
-            curve = {"withheld_sites": len(total.sites) - telling, "note": ""}
+            curve = {"withheld_sites": total.members - telling, "note": ""}
             if small:
                 curves[str(name)] = curve | {"note": SMALL}
                 continue
@@ -206,11 +206,11 @@ class Survival:
 
 def _as_told(total: Summed) -> Summed:
     """Noisy cells as the exact round tells them: cumulative, at every end, by all sites."""
-    reached, sites = cumulated(total["cells"]), len(total.sites)
+    reached, sites = cumulated(total["cells"]), total.members
     size, ends = len(reached), reached.shape[2] - 1
     told = {"told": np.full((size, ends), sites), "telling": np.full(size, sites), "left_out": total["left_out"]}
     marks = {"withheld": np.zeros((size, 2)), "left_out_withheld": np.zeros(1)}
-    return Summed({**told, **marks, "people": reached[..., -1], "below": reached[..., :-1]}, total.sites)
+    return Summed({**told, **marks, "people": reached[..., -1], "below": reached[..., :-1]}, total.sites, total.behind)
 
 
 class Intervals:

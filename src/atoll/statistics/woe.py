@@ -201,7 +201,7 @@ class Woe:
                 "positives": None if small else int(labels[1]),
                 "negatives": None if small else int(labels[0]),
                 "unlabelled": None if UNLABELLED.hidden(total, fewest)[0] else int(total["unlabelled"][0]),
-                "withheld_sites": len(total.sites) - telling if cohort.exact else 0,
+                "withheld_sites": total.members - telling if cohort.exact else 0,
                 "ranking": sorted(results, key=lambda name: -(results[name]["iv"] or 0.0)),
                 "features": results,
             }

@@ -37,12 +37,14 @@ OPTIONS = [
     ("grpc.max_receive_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
     ("grpc.max_send_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 60_000),  # a ping waits behind all that a slow link holds
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),
 ]
+TELL_S = 1.0
+"""How often at most a site tells that more of a task is here."""
 Unary = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
 """Answers a unary call: (site, or "" before it has a certificate; request) → response; raises AtollError."""
 
@@ -344,6 +346,7 @@ class GrpcSite:
         self._busy: set[bytes] = set()
         self._answered: dict[bytes, str] = {}
         self._link: Link | None = None
+        self._told: dict[bytes, float] = {}
 
     async def run(self, renew: Renew | None = None) -> None:
         """Stay connected until cancelled. *renew* may, now and then, renew the certificate over the
@@ -409,6 +412,7 @@ class GrpcSite:
 
     def arrived(self, incoming: Incoming) -> None:
         name = str(incoming.meta.get("id"))
+        self._told.pop(frame_id(name), None)
         if frame_id(name) in self._busy or frame_id(name) in self._answered:
             return
         self._busy.add(frame_id(name))
@@ -421,7 +425,11 @@ class GrpcSite:
         self._answer(str(head.meta.get("id")), Message("failure", {"re": head.meta.get("id"), **error.public()}))
 
     def heard(self, frame: bytes, note: dict[str, Json] | None) -> None:
-        """The site has no patience to keep."""
+        """Part of a task is here: tell so now and then, as buffers on the way hide it from the coordinator."""
+        now = self._loop.time()
+        if frame not in self._answered and now > self._told.get(frame, 0.0) + TELL_S:
+            self._told[frame] = now
+            self._progress(frame, b"{}")
 
     def acknowledged(self, frame: bytes) -> None:
         name = self._answered.pop(frame, None)

@@ -3,7 +3,7 @@
     frame   = type (1 byte) + id (16 bytes) + content
     "M"     a whole message that fits into one frame
     "S"     start of a larger one: its prefix and header
-    "D"     data: body offset (8 bytes, little-endian) + up to 1 MiB of body
+    "D"     data: body offset (8 bytes, little-endian) + up to 64 KiB of body
     "A"     acknowledges replies (their ids follow): they need not be kept any longer
     "X"     the rest of a message will not come: what there is of it may be forgotten
     "P"     progress on a request, JSON
@@ -29,7 +29,8 @@ from atoll.contract.errors import AtollError, ProtocolError, TransportError
 from atoll.contract.wire import Head, Json, Message, encode, head_bytes, parse_json, read_head, to_json
 from atoll.transport.spool import Incoming
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 16
+"""Of one frame: over 64 kbit/s it takes 8 s, so that such a link is heard of well within any deadline."""
 ID_BYTES = 16
 ACK_DELAY_S = 0.1
 """Acknowledgements of that long are sent in one frame: a small round trip costs no frame more."""

@@ -47,7 +47,7 @@ class _Ring:
         value = self.offset * number
         if self.width == 128:
             return np.array([[value % 2**64, value >> 64]], np.uint64)
-        return np.array([value], np.uint32 if self.width == 32 else np.uint64)
+        return np.array([value % 2**self.width], f"u{self.width // 8}")
 
 
 class Slots:
@@ -94,7 +94,7 @@ class Slots:
             last = shared[ring.shared] >> ring.shift & ((1 << ring.tail_bits) - 1)
             words = ring.packing.unpack([*cells[start : start + ring.own_cells], last], ring.size)
             start += ring.own_cells
-            vectors[f"ring{ring.width}"] = vector = words.astype(np.uint32 if ring.width == 32 else np.uint64)
+            vectors[f"ring{ring.width}"] = vector = words.astype("u8" if ring.width == 128 else f"u{ring.width // 8}")
             add_to(vector, ring.times(num_sites), minus=True)
         return self._layout.decode(vectors)
 
