@@ -77,6 +77,9 @@ class Gossip:
         layers_of(model, p.freeze)
         size, fields = self._envelope(model), {"mail": self._field(model, len(names))}
         gathered = yield Round("key", Gather(), {"key": opaque(SIGNED_KEY_BYTES)}, optional=True)
+        for site in gathered:
+            if len(gathered[site]["key"]) != SIGNED_KEY_BYTES:
+                raise ProtocolError("reply.shape", "a site's key is of another length", field="key").at(site=site)
         keys = {names.index(site): gathered[site]["key"] for site in gathered}
         mail: dict[int, dict[int, Array]] = {}
         history, found, number, last, used_up = list[float](), dict[str, float](), 0, False, False

@@ -20,9 +20,14 @@ RULE = "positive values, to sum 1"
 """How shares follow from values (see ``aggregation.contribution.shares``)."""
 
 
-def record(run: str, study: str, plan: str, found: Mapping[str, Json]) -> Entry:
-    """The entry's body. found: what a program's result says of it, {"method", "sites": {site: {"share"}}}."""
-    told = {site: round(float(one["share"]), 6) for site, one in found["sites"].items()}
+def record(run: str, study: str, plan: str, found: Json) -> Entry | None:
+    """The entry's body; None where there is nothing to record. found: what a program's result says of it, {"method",
+    "sites": {site: {"share"}}}."""
+    match found:
+        case {"method": str(), "sites": dict(sites)} if all("share" in one for one in sites.values()):
+            told = {site: round(float(one["share"]), 6) for site, one in sites.items()}
+        case _:
+            return None
     return {"run": run, "study": study, "plan": plan, "method": found["method"], "rule": RULE, "shares": told}
 
 

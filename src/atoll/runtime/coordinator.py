@@ -307,12 +307,11 @@ class Driver:
 
     async def credit(self, found: Mapping[str, Json]) -> Entry | None:
         """Record, once, who contributed how much, if the result says it."""
-        if not found:
+        body = record(self.run, self.plan.name, self.plan.hash, found)
+        if body is None:
             return None
         async with self.owner.ledger_lock:
-            known = self.owner.store.entry_of(CONTRIBUTION, self.run)
-            body = record(self.run, self.plan.name, self.plan.hash, found)
-            return known or self.owner.ledger.record(CONTRIBUTION, body)
+            return self.owner.store.entry_of(CONTRIBUTION, self.run) or self.owner.ledger.record(CONTRIBUTION, body)
 
     # ---------------------------------------------------------------- exchanges
 

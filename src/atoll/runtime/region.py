@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from atoll.contract.disclosure import Cells, Rule, judged
-from atoll.contract.errors import AtollError, PlanError, PolicyError, TransportError
+from atoll.contract.errors import AtollError, PlanError, PolicyError, ProtocolError, TransportError
 from atoll.contract.plan import CohortRule, Plan
 from atoll.contract.protection import Choice
 from atoll.contract.rounds import Round, Sum, Summed, alike
@@ -175,7 +175,8 @@ class Region(Site):
             above = self._opened(run).plan
             store = self._below.coordinator.store
             try:
-                store.run(run)
+                if store.run(run)["plan"].cohort.above != above.hash:
+                    raise ProtocolError("run.changed", "the run was asked before for another plan")
             except PlanError:
                 plan = self._level.plan(above, self._level.cohort.sites or store.roster())
                 store.create_run(plan, plan.cohort.sites, run, "running")
