@@ -534,6 +534,7 @@ def test_a_region_without_enough_sites_is_not_asked_for_fewer(federation: Any, n
     made = nation(tree, {"west": level(min_sites=2), "east": level()}, wrap=lost({"a"}, 0))
     seen = made.run(sums(federation, tree))["result"]["seen"]
     assert [one["sites"] for one in seen] == [2, 2] and [one["who"] for one in seen] == [("east",), ("east",)]
+    made.settle()
     store = made.stores["west"]
     assert store.rounds(made.run_id) == [] and store.run(made.run_id)["status"] == "finished"
     note = made.stores["nation"].run(made.run_id)["note"]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.aggregation.rule import MEAN, Aggregation, Combined, means, sound
+from atoll.aggregation.rule import MEAN, Aggregation, means, sound
 from atoll.aggregation.suspicion import Evidence, Seen
 from atoll.compression.downlink import received
 from atoll.compression.known import Known
@@ -201,13 +201,8 @@ class Federated(Alone):
             if used_up or (over and used_up is not None):  # None: rounds are only counted
                 break
             if done % p.checkpoint_every == 0:
-                whole = {
-                    **known.arrays(p.compress.remembers),
-                    **link.arrays(),
-                }
-                yield Checkpoint(
-                    {**state, **whole, **self.evidence.arrays(), **watch.arrays(), "history": np.array(history)}
-                )
+                own = {**known.arrays(p.compress.remembers), **link.arrays(), **self.evidence.arrays()}
+                yield Checkpoint({**state, **own, **watch.arrays(), "history": np.array(history)})
         yield from self._finish(model, state, len(history))
         more = {**self.reported(model, state), **self.evidence.told(), **link.told()}
         more |= yield from self.compared(cohort, len(history))
@@ -265,7 +260,6 @@ class Federated(Alone):
         updates, beyond = means([update for _, update in some], {name: bound for name, (_, bound) in shapes.items()})
         broken = [*broken, *(site for sites, update in told if sound(update) is None for site in sites)]
         combined = rule.combine(updates, [" + ".join(sites) for sites, _ in some])
-        self.judged(cohort, number, [" + ".join(sites) for sites, _ in some], updates, weights, combined)
         groups, changes, result = [sites for sites, _ in some], updates["weights"], combined.values["weights"]
         if cohort.exact:  # noise is no evidence
             self.evidence.note(Seen(groups, changes, weights, result, combined.trust, beyond, broken))
@@ -310,12 +304,6 @@ class Federated(Alone):
                 reply["weights"] = change * float(reply["weight"])
             told.append(((site,), Update.from_sum(reply, tuple(names))))
         return told, broken
-
-    def judged(
-        self, cohort: Cohort, number: int, names: Sequence[str], updates: Mapping[str, Array], weights: Array,
-        combined: Combined,
-    ) -> None:  # fmt: skip
-        """Take note of a round in which single updates, or those of groups, were seen."""
 
     def _groups(self, cohort: Cohort, number: int) -> list[tuple[str, ...]]:
         """The sites of a round in groups of nearly the same size, drawn by the plan's seed."""
