@@ -13,7 +13,7 @@ training diverges drops out. Cost: one round trip of the model's size per round 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,6 @@ from atoll.aggregation.suspicion import Evidence, Seen
 from atoll.compression.downlink import received
 from atoll.compression.known import Known
 from atoll.compression.link import Link
-from atoll.compression.lowrank import LowRank
 from atoll.compression.update import FINE, Compression
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import check_groups
@@ -53,21 +52,18 @@ from atoll.contract.sensitivity import Norms, touches, within
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
 from atoll.horizontal.alone import Alone
+from atoll.horizontal.factored import THIN, Factored
+from atoll.horizontal.factored import Collecting as Collecting
+from atoll.horizontal.factored import State as State
 from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of, still
 from atoll.horizontal.stopping import LOSS, Stop, Watch
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
 
-State = dict[str, Array]
-Collecting = Generator[Any, Any, tuple[Update, tuple[str, ...]]]
 Told = tuple[tuple[str, ...], Update]
 """Sites, and their update."""
 OFFERS = {"bounded", "resolution", "bounded-weight"}
-
-
-THIN = 2.0**-25
-"""Resolution of a low-rank factor, of the largest that it can be: it fits a ring of 32 bits for some sixty sites."""
 
 
 class FederatedParams(LocalParams):
@@ -104,7 +100,7 @@ class FederatedParams(LocalParams):
         return np.clip(self.scaled(change), -self.clip, self.clip)
 
 
-class Federated(Alone):
+class Federated(Alone, Factored):
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
     "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
@@ -116,7 +112,6 @@ class Federated(Alone):
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
         self._places: tuple[Model, NDArray[np.int64]] | None = None
-        self._matrices: tuple[Model, LowRank] | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -267,25 +262,6 @@ class Federated(Alone):
         values = {name: value * weight for name, value in combined.values.items()}
         return Update(values, weight), tuple(site for sites in groups for site in sites)
 
-    def _factored(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State) -> Collecting:
-        """A round of low-rank changes: the sum of P, then that of Q, of the sites that are in the first."""
-        p, model, link = self.params, self.model(cohort.schema), self.link
-        factors, names = self._low_rank(model), tuple(name for name in fields if name != "weight")
-        begin = {**sent, "right": link.right}
-        first = yield Round("train", Sum(), fields, begin, link.apart, draw=p.sites_per_round, paced=True)
-        update = Update.from_sum(first, names)
-        mean = update.values["weights"] / max(update.weight, 1e-12)
-        ends = sum(factors.lefts)
-        left = factors.orthonormal(mean[:ends], factors.lefts)
-        shapes, most = {"right": ((sum(factors.rights),), p.clip * factors.longest[1])}, self._most(cohort.schema)
-        wanted = self._fields_of(shapes, most, model, cohort.exact)
-        asked, among = first.cohort or first.sites, first.cohort is not None
-        second = yield Round("train_right", Sum(), wanted, {"left": left}, sites=asked, among=among)
-        right = second["right"] / max(float(second["weight"]), 1e-12)
-        link.right = factors.orthonormal(right, factors.rights)
-        change = factors.joined(left, right, mean[ends:])
-        return Update({**update.values, "weights": change * update.weight}, update.weight), second.sites
-
     def _read(self, cohort: Cohort, found: Gathered, names: Sequence[str]) -> tuple[list[Told], dict[str, str]]:
         """Each site's update, and what was wrong with those left out."""
         compress, broken, told = self.params.compress, dict(found.broken), list[Told]()
@@ -356,21 +332,6 @@ class Federated(Alone):
             )  # fmt: skip
         self._places = (model, moving)
         return moving
-
-    def _factors(self, model: Model) -> LowRank | None:
-        """How its weights that travel are parts of matrices, where the plan says a rank."""
-        rank = self.params.compress.rank
-        if rank is not None and (self._matrices is None or self._matrices[0] is not model):
-            shapes = {name: array.shape for name, array in model.arrays().items() if name in model.layers}
-            self._matrices = (model, LowRank.of(shapes, model.layers, self._moving(model), rank))
-        return self._matrices[1] if self._matrices else None
-
-    def _low_rank(self, model: Model) -> LowRank:
-        """As :meth:`_factors`; raises ProtocolError where the plan says none."""
-        if (found := self._factors(model)) is None:
-            raise ProtocolError("task.order", "the plan has no low-rank rounds", field="train_right",
-                                remedy="the coordinator does not keep the plan: do not go on with it")  # fmt: skip
-        return found
 
     def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
         moving, factors, bound = len(self._moving(model)), self._factors(model), self.params.clip
@@ -467,21 +428,19 @@ class Federated(Alone):
             found = {name: np.zeros(shape) for name, (shape, _) in shapes.items()}
             if p.compress.alone:
                 found["weights"] = p.compress.nothing(len(moving), task)
-            if p.compress.rank is not None:
-                site.state["counts"] = np.array(0.0)
+            self._counts(site, 0.0)
             return {**found, "weight": 0.0}
         check_groups({"weight": np.array(len(at.examples))}, frozenset({"weight"}), site.min_group_size)
         return self.handed(at, sent, dict(self.local(at, sent)))
 
     def handed(self, at: Local, sent: State, found: dict[str, Any]) -> Reply:
         """What a site sends of what it *found* in its round (see :meth:`local`)."""
-        p, site, shapes = self.params, at.site, self._shapes(at.model)
+        site, shapes = at.site, self._shapes(at.model)
         change = np.asarray(found["weights"], np.float64)[self._moving(at.model)]
         found["weights"], message = self._compressed(at, change)
         means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
         weight = self.weight(at, sent, means)
-        if p.compress.rank is not None:
-            site.state["counts"] = np.array(weight)
+        self._counts(site, weight)
         reply = Update.of(means, weight).reply()
         return reply if message is None else {**reply, "weights": message}
 
@@ -489,12 +448,8 @@ class Federated(Alone):
         """(what of a site's *change* [of the weights that travel] leaves, and as a message, if it stands alone)."""
         p, compress, state = self.params, self.params.compress, at.site.state
         whole, message = compress.carried(change, state), None
-        if (factors := self._factors(at.model)) is not None:
-            rest = p.scaled(whole)
-            sent = factors.left(np.clip(rest, -p.clip, p.clip), at.task.take("right", (sum(factors.rights),)))
-            rest[factors.dense] -= sent[sum(factors.lefts) :]
-            compress.kept(rest, state, at.model.dtype)
-            return sent, None
+        if compress.rank is not None:
+            return self._left(at, p.scaled(whole)), None
         reach = compress.reached(at.task, p.clip)
         places = compress.told(at.task, len(whole)) if compress.common else np.arange(len(whole))
         chosen = compress.chosen(whole[places])
@@ -507,31 +462,6 @@ class Federated(Alone):
         whole[places[chosen]] = part - sent
         compress.kept(whole, state, at.model.dtype)
         return sent, message
-
-    def _right(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
-        factors, most = self._low_rank(self.model(schema)), self._most(schema)
-        each = touches(sum(factors.rights), self.params.clip * factors.longest[1]) * most
-        return {"right": each, "weight": touches(1, most)}
-
-    @handler("train_right", site=_right)
-    def train_right(self, site: SiteView, task: Task) -> Reply:
-        """At the site: how far its last change lies in each of the directions that all sites' changes have most of."""
-        model, p = self.model(site.table.schema), self.params
-        factors, state = self._low_rank(model), site.state
-        if "counts" not in state:
-            raise ProtocolError("task.order", "Q is asked for after P", field="train_right",
-                                remedy="the coordinator does not keep the protocol: do not go on with it")  # fmt: skip
-        left, weight = task.take("left", (sum(factors.lefts),)), float(state.pop("counts"))
-        if not weight:
-            return {"right": np.zeros(sum(factors.rights)), "weight": 0.0}
-        kept = state["residual"].astype(np.float64)
-        change = np.clip(kept, -p.clip, p.clip)
-        right, rest = factors.right(change, left)
-        rest += kept - change
-        rest[factors.dense] = kept[factors.dense]
-        state["residual"] = rest.astype(model.dtype)
-        bound = p.clip * factors.longest[1]
-        return {"right": np.clip(right, -bound, bound) * weight, "weight": weight}
 
     def weight(self, at: Local, sent: State, means: Mapping[str, Array]) -> float:
         """How much the site's change counts, at most :meth:`_most`."""
