@@ -13,7 +13,7 @@ training diverges drops out. Cost: one round trip of the model's size per round 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.aggregation.rule import MEAN, Aggregation, means, sound
-from atoll.aggregation.suspicion import Evidence, Seen
+from atoll.aggregation.rule import MEAN, Aggregation
+from atoll.aggregation.suspicion import Evidence
 from atoll.compression.downlink import received
 from atoll.compression.known import Known
 from atoll.compression.link import Link
@@ -33,18 +33,14 @@ from atoll.contract.errors import PlanError, PolicyError, ProtocolError, refuse_
 from atoll.contract.program import Cohort, SiteView, handler
 from atoll.contract.rounds import (
     Checkpoint,
-    Gather,
-    Gathered,
     Metrics,
     Reply,
     Round,
     Steps,
     Sum,
     Task,
-    Together,
     count,
     opaque,
-    real,
 )
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.schema import TableSchema
@@ -56,13 +52,12 @@ from atoll.horizontal.factored import THIN, Factored
 from atoll.horizontal.factored import Collecting as Collecting
 from atoll.horizontal.factored import State as State
 from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of, still
+from atoll.horizontal.single import Single
 from atoll.horizontal.stopping import LOSS, Stop, Watch
 from atoll.models.linear import named
 from atoll.models.model import Model
 from atoll.statistics.evaluation import scored
 
-Told = tuple[tuple[str, ...], Update]
-"""Sites, and their update."""
 OFFERS = {"bounded", "resolution", "bounded-weight"}
 
 
@@ -100,7 +95,7 @@ class FederatedParams(LocalParams):
         return np.clip(self.scaled(change), -self.clip, self.clip)
 
 
-class Federated(Alone, Factored):
+class Federated(Alone, Factored, Single):
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
     "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
@@ -226,67 +221,13 @@ class Federated(Alone, Factored):
         self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int, state: State
     ) -> Collecting:
         """One round of the sites' training: (weighted sums of what they send, who is in them)."""
-        p, rule = self.params, self.params.aggregate
-        names, to = tuple(name for name in fields if name != "weight"), self.link.apart
+        p, names = self.params, tuple(name for name in fields if name != "weight")
         if p.compress.rank is not None:
             return (yield from self._factored(cohort, fields, sent))
-        if rule.rule == MEAN and not p.compress.alone:
-            total = yield Round("train", Sum(), fields, sent, to, draw=p.sites_per_round, paced=True)
+        if p.aggregate.rule == MEAN and not p.compress.alone:
+            total = yield Round("train", Sum(), fields, sent, self.link.apart, draw=p.sites_per_round, paced=True)
             return Update.from_sum(total, names), total.sites
-        if rule.single or p.compress.alone:
-            reduce = Gather(lenient=rule.single)
-            found = yield Round("train_single", reduce, fields, sent, to, draw=p.sites_per_round, paced=True)
-            told, wrong = self._read(cohort, found, names)
-            broken = list(wrong)
-            if rule.rule == MEAN:
-                nothing = Update.zero_like({name: np.zeros(()) for name in names})
-                return sum((update for _, update in told), nothing), found.sites
-        else:
-            groups = self._groups(cohort, number)
-            lenient = Sum(lenient=True)
-            each = (Round("train", lenient, fields, sent, to, sites=group, among=True) for group in groups)
-            sums = yield Together(tuple(each))
-            told = [(one.sites, Update.from_sum(one, names)) for one in sums if one.sites]
-            broken = [site for group, one in zip(groups, sums, strict=True) if not one.sites for site in group]
-        some, shapes = [one for one in told if sound(one[1])], self._shapes(self.model(cohort.schema))
-        if self.gaps and len(some) < rule.least:  # of too few the rule makes nothing
-            return Update.zero_like({name: np.zeros(shape) for name, (shape, _) in shapes.items()}), ()
-        weights = np.array([update.weight for _, update in some])
-        updates, beyond = means([update for _, update in some], {name: bound for name, (_, bound) in shapes.items()})
-        broken = [*broken, *(site for sites, update in told if sound(update) is None for site in sites)]
-        combined = rule.combine(updates, [" + ".join(sites) for sites, _ in some])
-        groups, changes, result = [sites for sites, _ in some], updates["weights"], combined.values["weights"]
-        if cohort.exact:  # noise is no evidence
-            self.evidence.note(Seen(groups, changes, weights, result, combined.trust, beyond, broken))
-        weight = float(np.median(weights)) * len(weights)  # what sites say of themselves is not to be trusted
-        values = {name: value * weight for name, value in combined.values.items()}
-        return Update(values, weight), tuple(site for sites in groups for site in sites)
-
-    def _read(self, cohort: Cohort, found: Gathered, names: Sequence[str]) -> tuple[list[Told], dict[str, str]]:
-        """Each site's update, and what was wrong with those left out."""
-        compress, broken, told = self.params.compress, dict(found.broken), list[Told]()
-        size = compress.asked(len(self._moving(self.model(cohort.schema))))
-        for site in found.sites:
-            reply = dict(found[site])
-            if compress.alone:
-                try:
-                    change = compress.read(reply["weights"], size)
-                    real(bound=self.params.clip).check_values("weights", change)
-                except ProtocolError as error:
-                    if not self.params.aggregate.single:
-                        raise error.at(site=site) from None
-                    broken[site] = error.code
-                    continue
-                reply["weights"] = change * float(reply["weight"])
-            told.append(((site,), Update.from_sum(reply, tuple(names))))
-        return told, broken
-
-    def _groups(self, cohort: Cohort, number: int) -> list[tuple[str, ...]]:
-        """The sites of a round in groups of nearly the same size, drawn by the plan's seed."""
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((cohort.seed, number, 4))))
-        order, wanted = random.permutation(len(cohort.sites)), self.params.aggregate.groups or 1
-        drawn = [np.sort(part) for part in np.array_split(order[: self.params.sites_per_round], wanted)]
-        return [tuple(cohort.sites[place] for place in part) for part in drawn if len(part)]
+        return (yield from self._single(cohort, fields, sent, number))
 
     def final(self, model: Model, state: State) -> Model:
         """The federation's model after a round."""
