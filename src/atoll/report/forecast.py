@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from atoll.report import charts
-from atoll.report.html import POLICY
+from atoll.report.html import head_of
 from atoll.report.markup import Child, Html, element, table
 from atoll.report.plots import WIDTH, numbers
 from atoll.report.section import figure, terms
@@ -28,16 +27,7 @@ def write_forecast(path: Path, found: Mapping[str, Any]) -> None:
 
 def page(found: Mapping[str, Any]) -> str:
     """The whole page, as text."""
-    style = resources.files("atoll.report").joinpath("report.css").read_text(encoding="utf-8")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", found["study"], " – Atoll forecast"),
-        Html(f"<style>\n{style}</style>"),
-    )
+    head = head_of(f"{found['study']} – Atoll forecast")
     traffic = found["traffic"]
     tiles: list[tuple[Child, Child]] = [
         ("wall time", duration(found["seconds"])),

@@ -61,20 +61,25 @@ def write_report(path: Path, result: Mapping[str, Any], details: Mapping[str, An
     path.write_bytes(page(result, details).encode())
 
 
-def page(result: Input, details: Input) -> str:
-    """The whole page, as text; see :func:`write_report`."""
-    study = result.get("study") or "study"
-    parts = [record.noisy(result, made) for make in SECTIONS if (made := make(result, details)) is not None]
+def head_of(title: str) -> Html:
+    """The head of a self-contained page: its style, and a policy that lets nothing be fetched."""
     style = resources.files("atoll.report").joinpath("report.css").read_text(encoding="utf-8")
-    head = element(
+    return element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        element("title", study, " – Atoll study report"),
+        element("title", title),
         Html(f"<style>\n{style}</style>"),
     )
+
+
+def page(result: Input, details: Input) -> str:
+    """The whole page, as text; see :func:`write_report`."""
+    study = result.get("study") or "study"
+    parts = [record.noisy(result, made) for make in SECTIONS if (made := make(result, details)) is not None]
+    head = head_of(f"{study} – Atoll study report")
     links = [element("li", element("a", made.title, href=f"#{made.anchor}")) for made in parts]
     nav = element("nav", element("ul", links), aria_label="Contents")
     main = distinct(element("main", [made.html() for made in parts]))
