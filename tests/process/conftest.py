@@ -324,6 +324,13 @@ class Federation:
         assert row["status"] == status, f"{row['status']}: {row['note']}\n{self.coordinator.text()[-3000:]}"
         return row
 
+    def cancel_all(self) -> None:
+        """Cancel what is still going, so that a test's failure stays its own."""
+        for row in self.store.runs():
+            if row["status"] in ("submitted", "running"):
+                self.as_coordinator("cancel", row["run"])
+                self.await_status(row["run"], "cancelled")
+
     def status(self, run: str) -> dict[str, Any]:
         """The run in ``atoll coordinator status --json``."""
         shown = json.loads(self.as_coordinator("status", "--json").stdout)
@@ -395,6 +402,7 @@ def federation(shared_federation: Federation) -> Federation:
         if not shared_federation.sites[name].running():
             shared_federation.sites[name].start()
     shared_federation.await_connected(*SITES)
+    shared_federation.cancel_all()
     return shared_federation
 
 

@@ -82,7 +82,7 @@ def test_a_stopped_site_holds_an_asynchronous_run_up_no_longer_than_its_deadline
     """SIGSTOP: the others go on without it, and it takes part again when it goes on."""
     run = federation.submit(
         "stopped", program="horizontal.fedbuff", params={"buffer": 2, "rounds": 200},
-        cohort={"on_dropout": "continue", "min_sites": 2}, run={"deadline_s": 120},
+        cohort={"on_dropout": "continue", "min_sites": 2}, run={"deadline_s": 25},
     )  # fmt: skip
     federation.await_rounds(run, 30)
     federation.sites["gamma"].signal(signal.SIGSTOP)
