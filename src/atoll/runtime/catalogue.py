@@ -15,7 +15,14 @@ from importlib.metadata import entry_points
 
 from atoll.contract.errors import PolicyError
 
-PACKAGES = ("atoll.privacy", "atoll.aggregation", "atoll.statistics", "atoll.horizontal")
+PACKAGES = (
+    "atoll.privacy",
+    "atoll.aggregation",
+    "atoll.statistics",
+    "atoll.horizontal",
+    "atoll.trees",
+    "atoll.blueprints.epidemic",
+)
 
 
 @cache

@@ -33,7 +33,7 @@ from atoll.transport.grpc import call_unary, join_address
 
 POLICY_TEMPLATE = """\
 # What this site lets happen to its data. The site enforces it; the coordinator cannot lift it.
-programs: ["statistics.*", "horizontal.*"]   # names that may run here, optionally name@version
+programs: ["statistics.*", "horizontal.*", "trees.*"]   # names that may run here, optionally name@version
 purposes: [research]                         # what studies may be for
 protections: [secagg, paillier, ckks]        # add "plain" to let the coordinator see this site's own sums
 min_group_size: 5                            # fewest people behind a released count, or cell of a table

@@ -53,7 +53,7 @@ class Policy(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    programs: tuple[str, ...] = ("statistics.*", "horizontal.*")
+    programs: tuple[str, ...] = ("statistics.*", "horizontal.*", "trees.*")
     purposes: tuple[str, ...] = ("research",)
     protections: tuple[str, ...] = ("secagg", "paillier", "ckks")
     min_group_size: int = Field(default=5, ge=1)
@@ -117,7 +117,7 @@ class Policy(BaseModel):
     def check_audit(self, program: str, result: str) -> None:
         """Raise PolicyError unless the audit of a plan of *program*, as the journal keeps its *result*, is good enough
         for training."""
-        trains = program.startswith("horizontal.") or hasattr(REGISTRY.get(program), "model")
+        trains = program.startswith(("horizontal.", "trees.")) or hasattr(REGISTRY.get(program), "model")
         if self.audit is None or not trains:
             return
         if not result or json.loads(result)["leak_rate"] > self.audit.max_leak_rate:
