@@ -25,7 +25,7 @@ import numpy as np
 from atoll.contract.plan import Plan
 from atoll.contract.rounds import Checkpoint, Steps
 from atoll.data.table import Table
-from atoll.models.model import Model, make
+from atoll.models.model import Predictor, make
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.fleet import Fleet
 from atoll.runtime.simulated import Simulation
@@ -63,7 +63,7 @@ def fleet_of(kind: str, names: tuple[str, ...], seed: int) -> Fleet:
     return Fleet.from_json({"seed": seed, "sites": FLEETS[kind]}).of(names)
 
 
-def watched(steps: Steps, model: Model, judge: Table, target: float, clock: Virtual, best: list[float]) -> Steps:
+def watched(steps: Steps, model: Predictor, judge: Table, target: float, clock: Virtual, best: list[float]) -> Steps:
     """*steps* until the model of a checkpoint reaches *target* on the images of *judge*, or time is up."""
     value: Any = None
     while True:

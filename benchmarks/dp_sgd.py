@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from atoll.contract.schema import Column, TableSchema
-from atoll.models.model import Examples, Model, make
+from atoll.models.model import Examples, Model, by_gradients, make
 from atoll.runtime.serve import settle
 from benchmarks.opacus_steps import NUM_FEATURES
 from benchmarks.table import Row, main
@@ -69,9 +69,10 @@ def model_of(case: str) -> Model:
     columns |= {"image": Column(dtype="image", shape=(28, 28)), "y": Column(dtype="integer", values=(0, 1))}
     schema = TableSchema(name="steps", columns=columns)
     if case == "cnn":
-        return make({"kind": "cnn", "image": "image", "target": "y"}, schema)
+        return by_gradients(make({"kind": "cnn", "image": "image", "target": "y"}, schema))
     features = [f"x{i}" for i in range(NUM_FEATURES)]
-    return make({"kind": "linear", "family": "logistic", "features": features, "target": "y"}, schema)
+    linear = {"kind": "linear", "family": "logistic", "features": features, "target": "y"}
+    return by_gradients(make(linear, schema))
 
 
 def ours(case: str, batch: int, *, private: bool = True) -> Callable[[], None]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from atoll.contract.plan import Plan
 from atoll.data.table import Table, concatenate
-from atoll.models.model import Model, make
+from atoll.models.model import Predictor, make
 from benchmarks.learning import driving, interval
 from benchmarks.table import Row, main
 
@@ -74,7 +74,7 @@ def hospitals(number: int, seed: int) -> Tables:
     return found
 
 
-def accuracy(model: Model, test: Table) -> float:
+def accuracy(model: Predictor, test: Table) -> float:
     """In per cent."""
     return 100 * float(((model.predict(test) >= 0.5) == (test["pneumonia"] == 1)).mean())
 

@@ -264,7 +264,7 @@ class Desk:
     name: str
     table: Table
     holdout: Table
-    share: tuple[str, ...] = ("rows", "metrics")
+    share: tuple[str, ...] = ("rows", "metrics", "risk")
     state: dict[str, Any] = field(default_factory=dict)
     personal: dict[str, Any] = field(default_factory=dict)
     min_group_size: int = 1

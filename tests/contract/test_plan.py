@@ -285,6 +285,16 @@ def test_schema_and_recipe_are_read_relative_to_the_plan(tmp_path: Path) -> None
     assert Plan.load(write(tmp_path, plan=WHOLE)).hash == Plan.from_json(WHOLE).hash
 
 
+def test_recipes_one_after_another_are_one(tmp_path: Path) -> None:
+    first, second = {"version": "3", "steps": [{"step": "a"}]}, {"clean": [{"step": "b"}], "steps": [{"step": "c"}]}
+    plan = {**WHOLE, "recipe": ["first.yaml", second]}
+    made = Plan.load(write(tmp_path, plan=plan, first=first)).recipe
+    assert [one["step"] for one in made.steps] == ["a", "c"] and [one["step"] for one in made.clean] == ["b"]
+    with pytest.raises(PlanError) as error:
+        Plan.load(write(tmp_path, plan={**plan, "recipe": ["first.yaml", {"stepps": []}]}, first=first))
+    assert error.value.code == "plan.unknown-key" and "steps" in error.value.remedy
+
+
 def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
     path = write(tmp_path, plan="\ufeff" + yaml.safe_dump(WHOLE))
     assert Plan.load(path).name == "heart-disease"

@@ -98,6 +98,7 @@ def test_cancel_stops_both_sides(federation: Any, wait_until: Any) -> None:
     assert federation.site_status("alpha", run)["status"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_cancel_while_a_site_is_silent(federation: Any, wait_until: Any) -> None:
     run = federation.submit("silent", params={"rounds": 10_000}, run={"deadline_s": 3}, cohort={"min_sites": 3})
     federation.await_rounds(run, 3)
@@ -210,6 +211,7 @@ def test_manual_approval(federation: Any, wait_until: Any) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_withdrawing_from_a_running_study(federation: Any, wait_until: Any) -> None:
     run = federation.submit("withdrawn", params={"rounds": 10_000})
     federation.await_rounds(run, 5)
@@ -257,6 +259,7 @@ def test_tokens_are_good_once_and_not_for_ever(federation: Any, tmp_path: Path) 
 # ---------------------------------------------------------------- trouble with data and disk
 
 
+@pytest.mark.slow
 def test_broken_table_is_refused_and_its_value_stays(federation: Any, wait_until: Any) -> None:
     canary, place = "918273.645546372819", federation.data("beta")
     before = place.read_text()
@@ -346,6 +349,7 @@ def test_table_deleted_while_running(federation: Any, wait_until: Any) -> None:
         place.write_bytes(kept)
 
 
+@pytest.mark.slow
 def test_full_disk_at_a_site(federation: Any, wait_until: Any) -> None:
     limit = 400 << 10
 

@@ -150,6 +150,7 @@ def test_survivors_go_on(federation: Any, wait_until: Any) -> None:
         assert len(released) == len(set(released)) and set(took_part[site]) <= set(released)
 
 
+@pytest.mark.slow
 def test_too_few_are_left(federation: Any, wait_until: Any) -> None:
     run = federation.submit(cohort={"min_sites": 3, "on_dropout": "continue"}, run={"deadline_s": 3})
     federation.await_rounds(run, 30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -192,6 +193,29 @@ def _periods(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 def periods_study(_periods: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(result, details) of a real run of drift between two periods."""
     result, details = copy.deepcopy(_periods)
+    return result, details
+
+
+@pytest.fixture(scope="session")
+def _trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder, features = tmp_path_factory.mktemp("trees"), ["age", "income", "debt", "region"]
+    asked = {"target": "default", "features": features, "trees": 3, "max_depth": 3, "max_bins": 16}
+    result, details = _run(folder, "trees.boosted", asked)
+    content = (folder / "out" / "model" / "model.safetensors").read_bytes()
+    (folder / "risk.safetensors").write_bytes(content)
+    base = {"name": "risk", "sha256": hashlib.sha256(content).hexdigest()}
+    params = {"model": {**result["model"]["spec"], "base": base}, "dependence": True, "bins": 6}
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("ATOLL_MODELS", str(folder))
+        told = _run(folder, "trees.explanation", params)[0]
+    result["output"]["explanation"] = told["output"]["explanation"]
+    return result, details
+
+
+@pytest.fixture
+def trees_study(_trees: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(result, details) of a real run of boosted trees, and what a second one made of them told of their drivers."""
+    result, details = copy.deepcopy(_trees)
     return result, details
 
 

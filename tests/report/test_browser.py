@@ -83,7 +83,7 @@ def show(browser: webdriver.Chrome, path: Path, size: str, scheme: str) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "study", ["model_study", "statistics_study", "wide_study", "everything_study", "wide_statistics"]
+    "study", ["model_study", "statistics_study", "wide_study", "everything_study", "wide_statistics", "trees_study"]
 )
 def test_the_page_fits(
     browser: webdriver.Chrome, request: pytest.FixtureRequest, tmp_path: Path, study: str, size: str, scheme: str

@@ -87,6 +87,7 @@ def test_any_part_may_be_missing(model_study: Any, closed_world: Any) -> None:
         closed_world(page({k: result[k] for k in ("sites", "wire", "privacy")}, {**details, key: None}))
 
 
+@pytest.mark.slow
 def test_any_combination_of_parts_may_be_missing(
     model_study: Any, monkeypatch: pytest.MonkeyPatch, closed_world: Any
 ) -> None:

@@ -147,3 +147,17 @@ def test_the_memory_outlives_the_process(tmp_path: Any) -> None:
         store(journal, "2", query(rows[3:]))
     store(journal, "3", query(rows[30:]))
     journal.close()
+
+
+def test_a_closed_period_is_answered_again_over_the_very_same_rows_only() -> None:
+    ids = np.arange(1000, dtype=np.uint64)
+    rows, more = (np.stack([sketch(ids[:n]), sketch(ids[:0])]) for n in (900, 1000))
+    for closed in (True, False):
+        query = Query("day 1", more, frozenset(), 5, closed=closed)
+        query.check(more.tobytes(), frozenset())
+        if not closed:
+            query.check(rows.tobytes(), frozenset())  # a hundred rows more
+            continue
+        with pytest.raises(DisclosureError) as caught:
+            query.check(rows.tobytes(), frozenset())
+        assert caught.value.code == "disclosure.closed-period"

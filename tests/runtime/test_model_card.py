@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from atoll.models import estimator, stored
+from atoll.models.importance import importance
 from atoll.runtime.model_card import scores, table
 from atoll.runtime.results import write_model
 
@@ -100,3 +101,22 @@ def test_what_was_not_scored_is_said() -> None:
     assert "| all sites | federated | 2 |" in found
     assert "| a | federated | – |" in found
     assert table(("x",), [["a|b\nc"]]).splitlines()[-1] == "| a\\|b c |"
+
+
+def test_the_card_of_trees_tells_what_they_lean_on(federation: Any, tmp_path: Path) -> None:
+    params = {"target": "ill", "features": ["age", "dose"], "trees": 2, "max_depth": 2, "max_bins": 8}
+    plan = federation.plan("trees.boosted", params, sites(federation), purpose="research", run={"holdout": 0.25})
+    model = federation.run(plan, sites(federation))["result"]["model"]
+    result, arrays = federation.store.result(federation.run_id)
+    assert result["model"]["trees"]["importance"] == json.loads(json.dumps(importance(model)))
+    write_model(tmp_path / "model", federation.store.run(federation.run_id)["plan"], result, arrays)
+    text = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    gains = {one["feature"]: one["gain"] for one in importance(model)}
+    assert f"| age | {gains['age'] / sum(gains.values()):.1%} |" in text
+    assert text.index("## What it leans on") < text.index("## Limitations")
+    loaded: Any = estimator.load(tmp_path / "model")
+    rows = sites(federation)["s0"]
+    frame = {"dose": rows["dose"], "age": rows["age"]}
+    assert np.array_equal(loaded.predict_proba(frame)[:, 1], model.predict(rows))
+    values, expected = loaded.shap_values(frame)
+    assert np.allclose(values.sum(1) + expected, model.margins(model.inputs(rows))[:, 0])

@@ -89,7 +89,8 @@ def test_a_sandbox_allows_everything() -> None:
     policy = Policy.sandbox()
     policy.check_plan(plan(purpose="anything", protection="plain"), 1)
     policy.check_program("my.own", "0.1")
-    assert policy.approval == policy.roster == "automatic" and set(policy.share) == {"rows", "metrics", "quality"}
+    assert policy.approval == policy.roster == "automatic"
+    assert set(policy.share) == {"rows", "metrics", "quality", "risk"}
 
 
 # ---------------------------------------------------------------- files

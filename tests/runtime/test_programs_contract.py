@@ -38,9 +38,23 @@ def _learner(family: str, target: str, **more: Any) -> dict[str, Any]:
     return {"family": family, "features": ["a", "b"], "target": target, **more}
 
 
+def _trees(target: str, **more: Any) -> dict[str, Any]:
+    return {"target": target, "features": ["a", "b"], "max_depth": 2, "max_bins": 4, **more}
+
+
 MLP = {"kind": "mlp", "features": ["a", "b"], "hidden": [3]}
 OTHER: dict[str, Any] = {"s1": {"kind": "linear", "family": "logistic", "features": ["a"]}}
 WEIGHTS = {"weights": np.array([0.1, 0.5, -0.3])}
+STUMP = {"kind": "trees", "features": ["a", "b"], "target": "value", "link": "identity", "num_trees": 1, "max_depth": 1}
+STUMP_WEIGHTS = {"weights": np.array([0.5, 0, -0.5, 1, 3.0, 9, -1, 2.0, 0, 0, 4, -1, -1.5, 0, 0, 5])}
+DAILY: dict[str, Any] = {
+    "series": {"date": "b", "cases": "count", "population": "b", "population_of": "city"},
+    "models": [
+        {"days": 7, "model": {"kind": "linear", "family": "poisson", "features": ["a"], "target": "count"},
+         "weights": [0.1, 0.5]}
+    ],
+    "day": "1970-09-28", "max_age_days": 60, "seir_days": 0,
+}  # fmt: skip
 EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("statistics.comparison", {}, None),
     ("statistics.several", {"ask": [{"program": "statistics.describe"}, {"program": "statistics.quantiles"}]}, None),
@@ -98,6 +112,17 @@ EXAMPLES: list[tuple[str, dict[str, Any], dict[str, np.ndarray] | None]] = [
     ("horizontal.shapley", _learner("logistic", "binary", rounds=2, checkpoint_every=1, method="exact"), None),
     ("horizontal.shapley", _learner("linear", "value", rounds=2, within=0.0, passes=3), None),
     ("horizontal.gossip", _learner("logistic", "binary", rounds=3, report_every=2), None),
+    ("trees.edges", {"columns": ["a", "b", "count"], "max_bins": 4}, None),
+    ("trees.boosted", _trees("binary", trees=2, checkpoint_every=1), None),
+    ("trees.boosted", _trees("value", trees=3, splits="random", checkpoint_every=2, binning="even"), None),
+    ("trees.boosted", _trees("value", trees=2, objective={"kind": "quantile", "alpha": 0.8}, min_rows=5), None),
+    ("trees.boosted", _trees("count", trees=2, objective={"kind": "cox", "event": "binary"}, min_rows=5), None),
+    ("trees.forest", _trees("binary", trees=3, batch=2, bootstrap=False), None),
+    ("trees.isolation", {"features": ["a", "b"], "trees": 3, "max_depth": 3, "contamination": 0.1}, None),
+    ("trees.isolation", {"features": ["a", "b"], "trees": 2, "max_depth": 2, "target": "binary"}, None),
+    ("trees.bagged", _trees("value", trees=8), None),
+    ("trees.explanation", {"model": STUMP, "dependence": True, "bins": 3}, STUMP_WEIGHTS),
+    ("epidemic.daily", DAILY, None),
     ("horizontal.dpsgd", _learner("logistic", "binary", rounds=3, expected_rows=150, sampling_rate=1.0), None),
     ("horizontal.dpftrl", _learner("logistic", "binary", rounds=3, expected_rows=150, time="b"), None),
 ]

@@ -73,6 +73,7 @@ EXAMPLES: list[tuple[str, dict[str, Any], bool]] = [
     ("horizontal.glm", _learner("logistic", "binary"), False),
     ("horizontal.glm", _learner("linear", "value", l2=0.5), False),
     ("horizontal.glm", _learner("poisson", "count"), False),
+    ("trees.isolation", {"features": [*FULL, "kind"], "trees": 3, "max_depth": 3, "contamination": 0.2}, True),
 ]
 OF_SITES: list[tuple[str, dict[str, Any], bool]] = [
     ("statistics.comparison", {}, True),

@@ -8,7 +8,21 @@ from typing import Annotated
 import typer
 
 from atoll import __version__
-from atoll.cli import audit, coordinator, export, forecast, ledger, profile, region, sandbox, show, simulate, site
+from atoll.cli import (
+    audit,
+    coordinator,
+    daily,
+    export,
+    forecast,
+    install,
+    ledger,
+    profile,
+    region,
+    sandbox,
+    show,
+    simulate,
+    site,
+)
 from atoll.contract.errors import AtollError, PlanError
 from atoll.contract.program import REGISTRY, summary
 from atoll.runtime.catalogue import load_installed
@@ -20,11 +34,14 @@ app = typer.Typer(
 app.command()(sandbox.demo)
 app.command()(sandbox.check)
 app.command()(sandbox.run)
+app.command()(daily.daily)
 app.command()(simulate.simulate)
 app.command()(forecast.forecast)
 app.command()(profile.profile)
 app.command()(audit.audit)
 app.command()(export.export)
+app.command()(install.install)
+app.command("import")(export.import_)
 site.app.command("audit")(audit.site_audit)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(coordinator.app, name="coordinator")

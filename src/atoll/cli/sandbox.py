@@ -91,6 +91,10 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     found["warnings"] = [asdict(warning) for warning in warnings]
     rows = [int(seen["rows"]) for seen in found["sites"].values() if seen["ok"]]
     found["privacy_warnings"] = _privacy_warnings(plan, num_sites, sum(rows))
+    found["data_classes"] = {}
+    for name, column in plan.table.columns.items():
+        for kind in sorted(column.data_classes):
+            found["data_classes"].setdefault(kind, []).append(name)
     found["problems"] = [{**error.public(), "where": error.where} for error in problems]
     if machine:
         show.as_json(found)
@@ -104,6 +108,8 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
             for name, seen in found["sites"].items()
         ]
         show.rows(("site", "rows", "left out", "table"), lines)
+    for kind, names in found["data_classes"].items():
+        show.say(f"{kind} data: {', '.join(names)} (a site keeps it from programs by its policy's 'withhold')")
     show.findings(warnings)
     for warning in found["privacy_warnings"]:
         show.say(f"warning: {warning}", style="yellow")

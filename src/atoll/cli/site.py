@@ -20,6 +20,7 @@ from atoll.crypto.pki import certificate_fingerprint
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
 from atoll.models.allowed import allow
+from atoll.runtime.approval import stand, standing
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
 from atoll.runtime.home import SiteHome
@@ -129,7 +130,7 @@ def pending(home: Home = DEFAULT, machine: Machine = False) -> None:
         show.say(f"  the whole plan: atoll site pending --json; then: atoll site approve {run[:8]}", style="dim")
 
 
-def _decide(home: Path, prefix: str, decision: str) -> None:
+def _decide(home: Path, prefix: str, decision: str, *, always: bool = False) -> None:
     journal = SiteHome(home).journal()
     found = [run for run, status, _, _ in journal.runs() if run.startswith(prefix) and status in OPEN]
     if len(found) != 1:
@@ -137,7 +138,11 @@ def _decide(home: Path, prefix: str, decision: str) -> None:
             "run.unknown", f"{len(found)} open runs begin with {prefix!r}", field="run", remedy="atoll site pending"
         )
     opened = (journal.run(found[0]) or ("", {}, ""))[1]
-    journal.record(decision, {"run": found[0], "plan": opened["hash"], "operator": getpass.getuser()})
+    ends = decision == "denied" and opened["hash"] in standing(journal)
+    kept = {"standing": always} if always or ends else {}
+    journal.record(decision, {"run": found[0], "plan": opened["hash"], "operator": getpass.getuser(), **kept})
+    if kept:
+        stand(journal, opened["hash"], str(opened["plan"]["name"]) if always else None)
     if decision == "approved":
         journal.set_setting(f"approved {found[0]}", "yes")
     else:
@@ -147,15 +152,42 @@ def _decide(home: Path, prefix: str, decision: str) -> None:
 
 
 @app.command()
-def approve(run: Annotated[str, typer.Argument(metavar="RUN")], home: Home = DEFAULT) -> None:
+def approve(
+    run: Annotated[str, typer.Argument(metavar="RUN")],
+    home: Home = DEFAULT,
+    always: Annotated[bool, typer.Option("--standing", help="And every later run of the very same plan.")] = False,
+) -> None:
     """Approve a study that waits; it is written in the ledger with the operator's name."""
-    _decide(home, run, "approved")
+    _decide(home, run, "approved", always=always)
 
 
 @app.command()
 def deny(run: Annotated[str, typer.Argument(metavar="RUN")], home: Home = DEFAULT) -> None:
-    """Refuse a study, or withdraw from one that runs."""
+    """Refuse a study, or withdraw from one that runs; a standing approval of its plan ends, too."""
     _decide(home, run, "denied")
+
+
+@app.command("standing")
+def list_standing(
+    home: Home = DEFAULT,
+    withdraw: Annotated[str, typer.Option(metavar="HASH", help="A plan's hash, or its beginning.")] = "",
+    machine: Machine = False,
+) -> None:
+    """Plans of which every run is approved, as `approve --standing` said; and end that for one."""
+    journal = SiteHome(home).journal()
+    if withdraw:
+        found = [plan_hash for plan_hash in standing(journal) if plan_hash.startswith(withdraw)]
+        if len(found) != 1:
+            raise PlanError("plan.unknown", f"{len(found)} standing plans begin with {withdraw!r}", field="withdraw",
+                            remedy="atoll site standing")  # fmt: skip
+        journal.record("withdrawn", {"plan": found[0], "operator": getpass.getuser()})
+        stand(journal, found[0], None)
+    left = standing(journal)
+    journal.close()
+    if machine:
+        show.as_json([{"plan": name, "plan_hash": plan_hash} for plan_hash, name in left.items()])
+        return
+    show.rows(("plan", "hash"), [(name, plan_hash) for plan_hash, name in left.items()])
 
 
 @app.command()

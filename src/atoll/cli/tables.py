@@ -221,6 +221,13 @@ def quality(found: Found) -> Tables:
     yield "data quality", ("rows of", "score", *names), lines
 
 
+def explanation(found: Found) -> Tables:
+    """Drivers of a model of trees."""
+    drivers = [part(one) for one in found.get("drivers") or []]
+    lines = [[one.get("feature"), significant(one.get("importance"), 3)] for one in drivers]
+    yield f"what moves the predictions of {told(found.get('rows'))} rows", ("feature", "mean |SHAP|"), lines
+
+
 def anything(found: Found, kind: str = "") -> Tables:
     """A result of no known kind: its numbers and words by name, and how long its lists are."""
     lines = []
@@ -235,5 +242,5 @@ def anything(found: Found, kind: str = "") -> Tables:
 TABLES: dict[str, Callable[[Found], Tables]] = {
     "quantiles": quantiles, "frequency": frequency, "crosstab": crosstab, "correlation": correlation, "vif": vif,
     "pca": pca, "group_by": group_by, "ttest": ttest, "anova": anova, "woe": woe, "survival": survival, "psi": psi,
-    "quality": quality,
+    "quality": quality, "explanation": explanation,
 }  # fmt: skip

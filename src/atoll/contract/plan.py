@@ -27,7 +27,7 @@ from atoll.contract.privacy import Privacy
 from atoll.contract.protection import Choice
 from atoll.contract.schedule import Schedule
 from atoll.contract.schema import TableSchema
-from atoll.contract.settings import Options, read_yaml, validate
+from atoll.contract.settings import Options, read_plan, validate
 from atoll.contract.wire import Json, canonical_json
 
 
@@ -125,9 +125,4 @@ class Plan(_Part):
 
         Raises PlanError for a missing or malformed file, unknown keys and wrong values.
         """
-        path = Path(path)
-        content = read_yaml(path, "plan")
-        for key in ("schema", "recipe"):
-            if isinstance(content.get(key), str):
-                content[key] = read_yaml(path.parent / content[key], key)
-        return Plan.from_json(content)
+        return Plan.from_json(read_plan(Path(path)))

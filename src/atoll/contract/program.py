@@ -152,7 +152,9 @@ class Handler:
     each element of which the site's minimum group size applies: one that is too small stops the release.
     cells: tables of the reply whose single cells are withheld instead. record: by how much one record can
     change the reply; None where that is not bounded, so that no noise hides a record. site: the same for a whole
-    site; None: by the fields' bounds.
+    site; None: by the fields' bounds. impersonal: its replies tell nothing of single rows, so that they may be asked
+    for again over rows that differ by a few. period: the sent array that names the closed period (such as a day) that
+    its replies are about: each period is a question of its own, and is answered again over the very same rows only.
     """
 
     answer: Callable[[Any, SiteView, Task], Reply]
@@ -161,6 +163,8 @@ class Handler:
     cells: tuple[Cells, ...] = ()
     record: Record | None = None
     site: Record | None = None
+    impersonal: bool = False
+    period: str = ""
 
 
 REGISTRY: dict[str, type[Any]] = {}
@@ -197,13 +201,16 @@ def handler(
     cells: Cells | tuple[Cells, ...] = (),
     record: Record | None = None,
     site: Record | None = None,
+    impersonal: bool = False,
+    period: str = "",
 ) -> Callable[[H], H]:
     """Mark a method as the site's answer to rounds called *name* (see :class:`Handler`)."""
 
     tables = (cells,) if isinstance(cells, Cells) else cells
 
     def mark(method: H) -> H:
-        method.__dict__["__atoll_handler__"] = (name, Handler(method, reduce, frozenset(groups), tables, record, site))
+        declared = Handler(method, reduce, frozenset(groups), tables, record, site, impersonal, period)
+        method.__dict__["__atoll_handler__"] = (name, declared)
         return method
 
     return mark

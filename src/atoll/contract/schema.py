@@ -9,9 +9,17 @@ columns:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 DType = Literal["real", "integer", "text", "date", "datetime", "image"]
 Role = Literal["feature", "label", "entity", "time", "ignore"]
@@ -28,6 +36,8 @@ class Column(BaseModel):
     values: the code list; anything else breaks the contract.
     null_values: codes that mean "missing" (a cholesterol of 0). missing: may cells be empty?
     role: what the column is for ("entity" must be unique).
+    data_class: what kind of data it is ("identifier", "trajectory", "clinical" …; several: "clinical+identifier"), by
+        which a site's policy may keep it from every program.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -41,7 +51,16 @@ class Column(BaseModel):
     missing: Literal["allow", "forbid"] = "allow"
     shape: tuple[int, ...] | None = None
     grain: str | None = Field(default=None, pattern=r"^[1-9][0-9]*(d|h|min|s)$")
+    data_class: str | None = Field(default=None, pattern=r"^[a-z][a-z0-9-]{0,31}([+][a-z][a-z0-9-]{0,31})*$")
     description: str = ""
+
+    @model_serializer(mode="wrap")
+    def _without_no_class(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A schema without data classes is written, and hashed, as before there were any."""
+        written: dict[str, Any] = write(self)
+        if self.data_class is None:
+            written.pop("data_class", None)
+        return written
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -64,6 +83,11 @@ class Column(BaseModel):
     def numeric(self) -> bool:
         """True for columns that handlers see as float64."""
         return self.dtype in ("real", "integer")
+
+    @property
+    def data_classes(self) -> frozenset[str]:
+        """What kinds of data it is; mostly none that is named."""
+        return frozenset(self.data_class.split("+")) if self.data_class else frozenset()
 
     def bounds(self) -> tuple[float, float]:
         """(lowest, highest) allowed value of a numeric column, in its unit; raises ValueError for others."""

@@ -63,6 +63,31 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
+def read_plan(path: Path) -> dict[str, Any]:
+    """A plan file's content, with the files that it names put in: a schema, a recipe, or recipes one after another
+    (files, or written out), whose steps are joined and of whose versions the last counts. Raises PlanError."""
+    content = read_yaml(path, "plan")
+    for key in ("schema", "recipe"):
+        if isinstance(content.get(key), str):
+            content[key] = read_yaml(path.parent / content[key], key)
+    if isinstance(parts := content.get("recipe"), list):
+        read = [read_yaml(path.parent / part, "recipe") if isinstance(part, str) else part for part in parts]
+        content["recipe"] = _joined(read)
+    return content
+
+
+def _joined(parts: list[Json]) -> Json:
+    """Recipes as one; what is none is left as it is, to be refused with the plan."""
+    whole: dict[str, Json] = {}
+    for part in parts:
+        if not isinstance(part, dict):
+            return part
+        for key, value in part.items():
+            before = whole.get(key)
+            whole[key] = [*before, *value] if isinstance(before, list) and isinstance(value, list) else value
+    return whole
+
+
 def validate(model: type[M], value: Json, what: str) -> M:
     """*value* as a *model*; raises PlanError listing every problem with its path, and for an
     unknown key the nearest known one."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from atoll.contract.errors import PlanError
 from atoll.contract.plan import Recipe
 from atoll.contract.schema import TableSchema
 from atoll.contract.settings import Options, validate
+from atoll.contract.wire import Json
 from atoll.data import steps as _registered
 from atoll.data.engine import Engine
 from atoll.data.frame import Frame
 from atoll.data.step import STEPS, Fitted, Found, Need, Step
 from atoll.data.table import Table
 
-__all__ = ["STEPS", "Prepared"]
+__all__ = ["STEPS", "Prepared", "texts"]
 assert _registered  # noqa: S101  (imported so that the steps register)
 
 
@@ -106,6 +107,20 @@ class Prepared:
             schema = self.steps[number].after(schema)
         return schema
 
+    def data_classes(self, schema: TableSchema) -> dict[str, frozenset[str]]:
+        """By column, which kinds of data it is, or was at any step: a step's new columns are what the columns that its
+        options name are (all columns, where they name none)."""
+        found = {name: column.data_classes for name, column in schema.columns.items()}
+        for step in self.steps:
+            after = step.after(schema)
+            named = set(texts(step.model_dump(mode="json"))) & schema.columns.keys()
+            classes = frozenset[str]().union(*(found.get(name, frozenset()) for name in named or schema.columns))
+            for name, column in after.columns.items():
+                if schema.columns.get(name) != column:
+                    found[name] = found.get(name, frozenset()) | classes | column.data_classes
+            schema = after
+        return found
+
     def cleaned(self, frame: Frame) -> Frame:
         """A frame as it was read, after the cleaning steps."""
         for step in self.clean:
@@ -126,6 +141,15 @@ class Prepared:
     def apply(self, table: Table, view: Mapping[str, Fitted]) -> Table:
         """:meth:`prepare` for a table in memory."""
         return self.prepare(Frame.of(table, Engine()), view).to_table() if self.steps else table
+
+
+def texts(value: Json) -> Iterator[str]:
+    """Every text in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from texts(one)
 
 
 def _declared(declared: Options, phase: str, number: int) -> Step:

@@ -31,6 +31,7 @@ class SiteData:
     def __init__(self, base: Frame | Table, plan: Plan, prepared: Prepared, site: str) -> None:
         self._base, self._prepared, self._noised = base, prepared, plan.privacy is not None
         self._views: dict[bytes, tuple[Table, Table]] = {}
+        self._withheld: Mapping[str, str] = {}
         self._first = prepared.first_fitted
         self._table: Table | None = None
         if isinstance(base, Frame) and HELD not in base.table.columns and plan.run.holdout > 0:
@@ -69,6 +70,10 @@ class SiteData:
     def __len__(self) -> int:
         return len(self.base())
 
+    def withhold(self, columns: Mapping[str, str]) -> None:
+        """From now on :meth:`parts` are without these *columns*; see :meth:`atoll.data.table.Table.without`."""
+        self._withheld, self._views = columns, {}
+
     def parts(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
         """(training rows, held-out rows) after the recipe as far as *view* fits it; the last two views are kept."""
         key = canonical_json(dict(view)) if view else b""
@@ -81,7 +86,8 @@ class SiteData:
                 table = table.within() if self._noised else table  # what was fitted comes from the coordinator
             if len(self._views) > 1:  # the last two are enough: a study goes on from one to the next
                 del self._views[next(iter(self._views))]
-            self._views[key] = table.parts()
+            training, held = table.parts()
+            self._views[key] = (training.without(self._withheld), held.without(self._withheld))
         return self._views[key]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.contract.errors import SchemaError
+from atoll.contract.errors import PolicyError, SchemaError
 from atoll.contract.schema import TableSchema
 from atoll.data.columns import Selected, Stored
 from atoll.data.sketch import Sketch, mixed, sketch
@@ -22,7 +22,7 @@ from atoll.data.sketch import Sketch, mixed, sketch
 class Table:
     """Columns of equal length, as :mod:`atoll.data.columns` says; *held_out* marks rows kept for
     evaluation, [num_rows]; *dropped* counts the rows that preparation left out, by reason; *achieved* are
-    the k and l of its anonymity."""
+    the k and l of its anonymity; *withheld* are columns that may not be read, and which kind of data each is."""
 
     schema: TableSchema
     columns: Mapping[str, NDArray[Any]]
@@ -30,6 +30,7 @@ class Table:
     dropped: Mapping[str, int] = field(default_factory=dict)
     marked: NDArray[np.uint64] | None = None
     achieved: Mapping[str, int] = field(default_factory=dict)
+    withheld: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def ids(self) -> NDArray[np.uint64]:
@@ -53,6 +54,7 @@ class Table:
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def __getitem__(self, name: str) -> NDArray[Any]:
+        self._check_readable(name)
         try:
             return self.columns[name]
         except KeyError:
@@ -66,6 +68,7 @@ class Table:
 
     def codes(self, name: str) -> NDArray[np.int32]:
         """A column with a code list as indices into the schema's *values*, [num_rows], −1 where missing."""
+        self._check_readable(name)
         values = self.schema.columns[name].values if name in self.columns else ()
         if values is None:
             raise SchemaError(
@@ -89,6 +92,16 @@ class Table:
         for start in range(0, len(self), size):
             yield np.column_stack([column[start : start + size] for column in columns])
 
+    def without(self, withheld: Mapping[str, str]) -> Table:
+        """The table as programs may see it: columns that are *withheld* (and as which kind of data) raise PolicyError
+        "policy.column-withheld" when they are read."""
+        hidden = {name: kind for name, kind in withheld.items() if name in self.columns}
+        return replace(self, withheld=hidden, marked=self.ids) if hidden else self
+
+    def _check_readable(self, name: str) -> None:
+        if name in self.withheld:
+            raise not_readable(name, self.withheld[name])
+
     def rows(self, mask: NDArray[np.bool_]) -> Table:
         """The rows where *mask* is True, in order."""
         if mask.all():
@@ -100,7 +113,7 @@ class Table:
         else:
             columns = Selected(self.columns, mask)
         marked = None if self.marked is None else self.marked[mask]
-        return Table(self.schema, columns, held_out, self.dropped, marked, self.achieved)
+        return Table(self.schema, columns, held_out, self.dropped, marked, self.achieved, self.withheld)
 
     def within(self) -> Table:
         """Numeric columns clipped to the schema's ranges: what a sensitivity is derived from."""
@@ -114,6 +127,14 @@ class Table:
         """(training rows, held-out rows)."""
         held = np.zeros(len(self), bool) if self.held_out is None else self.held_out
         return self.rows(~held), self.rows(held)
+
+
+def not_readable(name: str, kind: str) -> PolicyError:
+    """The one error for a column that the site's policy keeps from programs."""
+    return PolicyError(
+        "policy.column-withheld", f"column {name!r} is {kind}, and no program may read it here", field=name,
+        remedy="leave the column out; the site's operator decides: policy.yaml, 'withhold'",
+    )  # fmt: skip
 
 
 def hashed(column: NDArray[Any]) -> NDArray[np.uint64]:

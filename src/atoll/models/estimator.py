@@ -23,11 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 
-from atoll.contract.errors import SchemaError
+from atoll.contract.errors import PlanError, SchemaError
 from atoll.contract.schema import Column, TableSchema
 from atoll.models import stored
-from atoll.models.model import Floats, Model
+from atoll.models.importance import importance
+from atoll.models.model import Floats, Predictor
 from atoll.models.rows import Rows
+from atoll.models.trees import Trees
 
 
 def load(folder: str | Path, models: tuple[str, ...] = ()) -> FederatedClassifier | FederatedRegressor:
@@ -72,7 +74,7 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
         self.folder, self.models = folder, models
 
     @cached_property
-    def _found(self) -> tuple[Model, TableSchema]:
+    def _found(self) -> tuple[Predictor, TableSchema]:
         return stored.load(self.folder, self.models)[:2]
 
     @cached_property
@@ -102,7 +104,41 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
         return self
 
     def _predicted(self, X: Any) -> Floats:
-        model, schema = self._found
+        return self._found[0].predict(self._table(X))
+
+    def _trees(self) -> Trees:
+        model = self._found[0]
+        if not isinstance(model, Trees):
+            raise PlanError("model.not-trees", "only a model of trees tells that", field="model.kind",
+                            remedy="train trees: trees.boosted, trees.forest")  # fmt: skip
+        return model
+
+    @property
+    def feature_importances_(self) -> Floats:
+        """Of trees, the share of the training loss that each feature's splits took off, [n_features_in_]; of their
+        number, where no gain is known. Other kinds do not have it."""
+        if not isinstance(self._found[0], Trees):
+            raise AttributeError("feature_importances_ is of trees")
+        found = {one["feature"]: one for one in importance(self._trees())}
+        by = "gain" if sum(one["gain"] for one in found.values()) > 0 else "splits"
+        told = [max(found[name][by], 0.0) if name in found else 0.0 for name in self.feature_names_in_]
+        return np.array(told) / (sum(told) or 1.0)
+
+    def shap_values(self, X: Any) -> tuple[Floats, Any]:
+        """Of trees, (what each feature adds to a row's margin, [num_rows, n_features_in_]; what is expected of a row of
+        which nothing is known). Of classes, [num_rows, num_classes, n_features_in_] and [num_classes]. Raises
+        PlanError for other kinds."""
+        from atoll.models.shap import shap_values
+
+        model = self._trees()
+        values, expected = shap_values(model, model.inputs(self._table(X)))
+        places = [model.settings.features.index(name) for name in self.feature_names_in_]
+        if model.task == "classes":
+            return values[:, :, places], expected
+        return values[:, 0, places], float(expected[0])
+
+    def _table(self, X: Any) -> Rows:
+        schema = self._found[1]
         if isinstance(X, Mapping) or hasattr(X, "columns"):
             columns: Mapping[str, Any] = X
             num_rows = len(next(iter(X.values()))) if isinstance(X, Mapping) else len(X)
@@ -111,7 +147,7 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
             if matrix.ndim != 2 or matrix.shape[1] != self.n_features_in_:
                 raise ValueError(f"X must be a DataFrame, or a matrix of {self.n_features_in_} columns")
             columns, num_rows = dict(zip(self.feature_names_in_, matrix.T, strict=True)), len(matrix)
-        return model.predict(viewed(schema, columns, num_rows))
+        return viewed(schema, columns, num_rows)
 
 
 class FederatedClassifier(ClassifierMixin, _Stored):  # type: ignore[misc]

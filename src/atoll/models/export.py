@@ -20,13 +20,13 @@ import numpy as np
 from atoll.contract.errors import PlanError
 from atoll.contract.schema import TableSchema
 from atoll.models.linear import LinearModel
-from atoll.models.model import Model
+from atoll.models.model import Predictor
 
 OPERATORS = 20
 LONG = " ".join(map(str, range(1 << 16)))
 
 
-def to_onnx(model: Model, schema: TableSchema, path: Path) -> None:
+def to_onnx(model: Predictor, schema: TableSchema, path: Path) -> None:
     """Write *model* to *path*. Raises PlanError when what it needs is not installed."""
     try:
         import onnx

@@ -37,8 +37,13 @@ class Base(BaseModel):
     def read(self) -> Mapping[str, Array]:
         """The installed arrays by name, not to be written to. Raises PlanError "model.no-base" or "model.bad-base",
         and IntegrityError "model.base-changed"."""
-        named = os.environ.get("ATOLL_MODELS", "")
-        return _read((Path(named) if named else Path.home() / "models") / f"{self.name}.safetensors", self.sha256)
+        return _read(installed_at(self.name), self.sha256)
+
+
+def installed_at(name: str, folder: Path | None = None) -> Path:
+    """Where the base *name* is looked for (or would be in *folder*)."""
+    named = os.environ.get("ATOLL_MODELS", "")
+    return (folder or (Path(named) if named else Path.home() / "models")) / f"{name}.safetensors"
 
 
 @lru_cache(maxsize=2)

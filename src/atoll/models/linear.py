@@ -225,7 +225,7 @@ def xy(model: LinearModel, table: TableView, batch_rows: int = 65_536) -> Iterat
         yield model.design(batch[:, :-1]), batch[:, -1]
 
 
-def named(model: port.Model) -> dict[str, dict[str, float]]:
+def named(model: port.Predictor) -> dict[str, dict[str, float]]:
     """{"coefficients": {"intercept": …, feature: …}} of a linear model; nothing of another."""
     if not isinstance(model, LinearModel):
         return {}

@@ -73,11 +73,11 @@ class Examples:
         return Examples(tuple(array[rows] for array in self.inputs), self.labels[rows])
 
 
-class Model(Protocol):
-    """One model. Weights are a flat vector, [num_weights]; gradients are alike, and of the same dtype.
+class Predictor(Protocol):
+    """One model, however it is learned. Weights are a flat vector, [num_weights].
 
-    Its class also has ``Spec``, its kind's :class:`Settings`, and ``of(spec, schema)``, which makes it unfitted, with
-    all weights zero, and raises PlanError when it does not fit the schema.
+    Its class also has ``Spec``, its kind's :class:`Settings`, and ``of(spec, schema)``, which makes it unfitted, and
+    raises PlanError when it does not fit the schema.
     """
 
     @property
@@ -92,13 +92,32 @@ class Model(Protocol):
     def weights(self) -> Floats: ...
 
     @property
-    def dtype(self) -> np.dtype[Any]:
-        """That it computes in; weights of this dtype are taken and given without conversion."""
+    def layers(self) -> Mapping[str, slice]:
+        """Named parts of the weights, from input to output."""
+
+    def with_weights(self, weights: Floats) -> Self:
+        """The same model with other weights; raises PlanError when they are none of it."""
+
+    def spec(self) -> dict[str, Json]:
+        """Everything but the weights, as JSON; :func:`make` is the inverse."""
+
+    def arrays(self) -> dict[str, Array]:
+        """What is stored of a fitted model: "weights", or each of its layers by name, in order; and what its reader
+        needs beside the spec."""
+
+    def predict(self, table: TableView) -> Floats:
+        """Predicted mean of every row: probability, count or value, [num_rows]; of classes, or several targets,
+        [num_rows, classes or targets]."""
+
+
+@runtime_checkable
+class Model(Predictor, Protocol):
+    """A model that learns by gradients; they are flat as the weights, and of the same dtype. Unfitted, all its weights
+    are zero. The last of its layers, "head" and what is in it, are what personalised learning keeps at a site."""
 
     @property
-    def layers(self) -> Mapping[str, slice]:
-        """Named parts of the weights, from input to output; the last of them, "head" and what is in it, are what
-        personalised learning keeps at a site."""
+    def dtype(self) -> np.dtype[Any]:
+        """That it computes in; weights of this dtype are taken and given without conversion."""
 
     @property
     def running(self) -> slice:
@@ -112,22 +131,8 @@ class Model(Protocol):
     def initial(self, seed: int) -> Floats:
         """Weights to begin with: a function of the plan's seed, which everybody knows."""
 
-    def with_weights(self, weights: Floats) -> Self:
-        """The same model with other weights."""
-
-    def spec(self) -> dict[str, Json]:
-        """Everything but the weights, as JSON; :func:`make` is the inverse."""
-
-    def arrays(self) -> dict[str, Array]:
-        """What is stored of a fitted model: "weights", or each of its layers by name, in order; and what its reader
-        needs beside the spec."""
-
     def examples(self, table: TableView) -> Examples:
         """Inputs and labels of all rows; raises SchemaError where cells are missing."""
-
-    def predict(self, table: TableView) -> Floats:
-        """Predicted mean of every row: probability, count or value, [num_rows]; of classes, or several targets,
-        [num_rows, classes or targets]."""
 
     def loss_and_gradient(self, weights: Floats, batch: Examples) -> tuple[float, Floats]:
         """Mean loss over *batch* (not empty) and its gradient."""
@@ -226,14 +231,14 @@ def find(kind: str) -> type[Any]:
     return KINDS[kind]
 
 
-def make(spec: Mapping[str, Json], schema: TableSchema) -> Model:
+def make(spec: Mapping[str, Json], schema: TableSchema) -> Predictor:
     """The unfitted model that *spec* describes; raises PlanError when it is malformed or does not fit the schema."""
     cls = find(str(spec.get("kind", "")))
-    made: Model = cls.of(validate(cls.Spec, dict(spec), "model"), schema)
+    made: Predictor = cls.of(validate(cls.Spec, dict(spec), "model"), schema)
     return made
 
 
-def from_spec(spec: Mapping[str, Json], schema: TableSchema, arrays: Mapping[str, Array]) -> Model:
+def from_spec(spec: Mapping[str, Json], schema: TableSchema, arrays: Mapping[str, Array]) -> Predictor:
     """A fitted model, as stored; raises PlanError when spec or weights do not fit."""
     made = make(spec, schema)
     layers = [np.asarray(arrays[name]).reshape(-1) for name in made.layers if name in arrays]
@@ -241,6 +246,16 @@ def from_spec(spec: Mapping[str, Json], schema: TableSchema, arrays: Mapping[str
     if weights.shape != made.weights.shape:
         raise PlanError("model.shape", "the weights do not fit the model", field="weights")
     return made.with_weights(np.asarray(weights, np.float64))
+
+
+def by_gradients(made: Predictor) -> Model:
+    """*made*, for learning by gradients and averages; raises PlanError if its kind does not."""
+    if not isinstance(made, Model):
+        raise PlanError(
+            "model.not-averaged", "a model of this kind is not learned by gradients, nor are its weights averaged",
+            field="model.kind", remedy="use the program of its own, such as trees.boosted",
+        )  # fmt: skip
+    return made
 
 
 def by_row(made: Model) -> Model:
@@ -253,12 +268,12 @@ def by_row(made: Model) -> Model:
     return made
 
 
-def kept(fitted: Model) -> dict[str, Array]:
+def kept(fitted: Predictor) -> dict[str, Array]:
     """A fitted model as a site keeps it for itself: its weights, and what it is, which need not be the federation's."""
     return {"weights": fitted.weights, "spec": np.frombuffer(to_json(fitted.spec()), np.uint8)}
 
 
-def restored(found: Mapping[str, Array], schema: TableSchema, otherwise: Model) -> Model:
+def restored(found: Mapping[str, Array], schema: TableSchema, otherwise: Predictor) -> Predictor:
     """The model that a site has for itself: *found* is as :func:`kept` made it, or weights of the federation's model;
     *otherwise* where there is nothing."""
     if "weights" not in found:
@@ -289,9 +304,9 @@ class LearnerParams(ProgramParams):
     def unfitted(self, schema: TableSchema) -> Model:
         """The model before any fitting; raises PlanError."""
         if self.model is not None:
-            return make({**self.model, "target": self.target}, schema)
+            return by_gradients(make({**self.model, "target": self.target}, schema))
         spec = {"kind": "linear", "family": self.family, "features": list(self.features), "target": self.target}
-        return make(spec, schema)
+        return by_gradients(make(spec, schema))
 
 
 def missing(names: list[str]) -> SchemaError:

@@ -25,7 +25,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.settings import validate
 from atoll.contract.wire import Array, Json
 from atoll.models.allowed import allow
-from atoll.models.model import Model, from_spec
+from atoll.models.model import Predictor, from_spec
 
 ABOUT, NUMBERS = "model.json", "model.safetensors"
 
@@ -39,7 +39,7 @@ def save(folder: Path, about: Mapping[str, Json], arrays: Mapping[str, Array]) -
     (folder / NUMBERS).write_bytes(serialised(plain, metadata={"format": "pt"}))  # what PyTorch's readers look for
 
 
-def load(folder: str | Path, models: Iterable[str] = ()) -> tuple[Model, TableSchema, dict[str, Any]]:
+def load(folder: str | Path, models: Iterable[str] = ()) -> tuple[Predictor, TableSchema, dict[str, Any]]:
     """(fitted model, schema of the table it is applied to, the whole of model.json).
 
     models: networks of other packages (``package.nets:Net``) that may be imported for it. Raises PlanError when the

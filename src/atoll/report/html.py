@@ -12,7 +12,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from atoll.report import association, distributions, groups, model, record, scorecard, sentences, trust, value
+from atoll.report import (
+    association,
+    distributions,
+    epidemic,
+    groups,
+    model,
+    record,
+    scorecard,
+    sentences,
+    trees,
+    trust,
+    value,
+)
 from atoll.report.markup import Child, Html, code, element
 from atoll.report.section import Input, Maker, part, terms, unit_of
 from atoll.report.svg import distinct
@@ -20,12 +32,18 @@ from atoll.report.words import NOTHING, counted, duration, fixed, listed, moment
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SECTIONS: tuple[Maker, ...] = (
+    epidemic.risk,
+    epidemic.outlook,
+    epidemic.drivers,
+    epidemic.interventions,
     model.results,
     model.by_site,
     value.site_value,
     model.convergence,
     trust.trust,
     model.coefficients,
+    trees.trees,
+    trees.explanation,
     record.statistics,
     distributions.distributions,
     distributions.missing,
@@ -139,6 +157,8 @@ def _rows(result: Input) -> float | None:
 
 def outcome(result: Input, details: Input) -> str:
     """The outcome in one sentence."""
+    if said := epidemic.headline(result):
+        return said
     own, pooled = part(result, "metrics", "personal"), part(result, "metrics", "pooled")
     found = own or part(result, "metrics", "federated")
     sites, columns = len(part(result, "sites")), part(result, "statistics", "columns")

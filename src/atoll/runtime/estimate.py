@@ -37,6 +37,9 @@ def costs(plan: Plan, num_sites: int) -> list[Cost]:
     """Every protection's, cheapest first; those that cannot be, last."""
     noised = Privacy(unit="site", epsilon=1, delta=1e-6)  # then how many rounds there are does not depend on sums
     rounds, _ = dry(plan.model_copy(update={"privacy": noised}))
+    if not rounds:  # a plan that may end early has no noise before its evaluation
+        unscored = plan.run.model_copy(update={"evaluate": False})
+        rounds, _ = dry(plan.model_copy(update={"privacy": noised, "run": unscored}))
     sums = [asked for asked in rounds if isinstance(asked.reduce, Sum)]
     found = [_cost(plan, name, sums, num_sites) for name in PROTECTIONS]
     return sorted(found, key=lambda cost: (bool(cost.refused), cost.seconds))

@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ dominant_people: 2                           # a cell is withheld where so few p
 dominant_share: 0.85                         # … make more than this share of its total
 repeats: refuse                              # the same exact query over nearly the same rows (or: allow)
 min_sites: 3                                 # fewest sites in a study, and survivors in a sum
-share: []                                    # own values that may leave un-summed: rows, metrics
+share: []                                    # own values that may leave un-summed: rows, metrics, quality, risk
+withhold: []                                 # data classes that no program may read: identifier, trajectory …
 approval: manual                             # ask the operator about every study (or: automatic)
 budgets:                                     # what each data set may cost, statistics and training together
   "*": {unit: record, epsilon: 10, delta: 1.0e-4, per: year, exact_releases: 10000}
@@ -197,12 +198,14 @@ class SiteHome:
 
     @staticmethod
     async def create(
-        folder: Path, token_text: str, datasets: Mapping[str, SourceSpec], policy: Policy | None = None
-    ) -> SiteHome:
+        folder: Path, token_text: str, datasets: Mapping[str, SourceSpec], policy: Policy | None = None,
+        call: Callable[..., Awaitable[Mapping[str, Json]]] = call_unary,
+    ) -> SiteHome:  # fmt: skip
         """Join a federation: make keys here, have the certificate signed, write the folder.
 
         A folder that is this very site's already joins again: it keeps its identity, journal, policy
-        and data sets, and gets a new certificate (the way back after one has expired or was revoked).
+        and data sets, and gets a new certificate (the way back after one has expired or was revoked). call: how the
+        coordinator is asked.
         Raises IntegrityError for a token that is malformed, expired, used or foreign, and
         TransportError when the coordinator cannot be reached; the folder is then as it was.
         """
@@ -214,7 +217,7 @@ class SiteHome:
         identity, key = before.identity if before else Identity.generate(token.site), pki.new_key()
         request = {"site": token.site, "secret": token.secret, "public_key": identity.public.hex()}
         request["csr"] = pki.make_csr(key, token.site).decode()
-        answer = await call_unary(token.address, token.ca_pem, None, "Enrol", request)
+        answer = await call(token.address, token.ca_pem, None, "Enrol", request)
         certificate, host = _certificate(answer), token.address.rsplit(":", 1)[0]
         match answer:
             case {"port": int(port), "coordinator_key": str(public)} if re.fullmatch(PUBLIC_KEY, public):

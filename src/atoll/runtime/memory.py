@@ -8,6 +8,9 @@ was asked before about rows that differ by 1 … k − 1.
 Under a protection that hides a site's share, the cohort is remembered too, and whose sum was told of the very same
 question: the same rows asked of a cohort that has one site more or less would tell that site's share.
 
+A question about a closed period (a handler's *period*, such as a day) is another one for each period, and is answered
+again over the very same rows only: what is late, or was corrected, would else be the difference of two answers.
+
 What this does not stop: another program that tells the same, cells that a recipe changes where rows
 stay who they are, and iterations that are near-repeats. All are what differential privacy is for.
 """
@@ -46,13 +49,15 @@ def question_digest(meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> st
 @dataclass(frozen=True, slots=True)
 class Query:
     """An exact query, as it is remembered: its digest, the sketches of the rows it was asked of (training and
-    held-out, [2, cells]), and, where a protection hides the site's share, the cohort."""
+    held-out, [2, cells]), and, where a protection hides the site's share, the cohort. closed: it is about a closed
+    period."""
 
     key: str
     rows: Sketch
     cohort: frozenset[str]
     min_group_size: int
     min_sites: int = 1
+    closed: bool = False
 
     @property
     def digest(self) -> str:
@@ -63,6 +68,11 @@ class Query:
         """Raise DisclosureError if subtracting the answer given for *cells* and *cohort* would tell too much."""
         before = np.frombuffer(cells, np.uint64).reshape(self.rows.shape)
         changed = (before != self.rows).sum(axis=1)
+        if self.closed and changed.any():
+            raise DisclosureError(
+                "disclosure.closed-period", "the same period was asked about before, over other rows", field="repeats",
+                remedy="leave it as it was told; the site's operator decides: policy.yaml, 'repeats'",
+            )  # fmt: skip
         if ((changed > 0) & (changed < self.min_group_size)).any():
             raise DisclosureError(
                 "disclosure.differencing",

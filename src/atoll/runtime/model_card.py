@@ -16,6 +16,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.schema import Column, TableSchema
 from atoll.models.linear import TASK
 from atoll.models.model import Goal, ModelTask
+from atoll.models.trees import TASKS
 
 WORDS: dict[ModelTask, str] = {
     "binary": "the probability that {target} is 1", "classes": "the probability of each value of {target}",
@@ -81,22 +82,37 @@ Rows stayed at their sites. {held}
 
 {metrics}
 
-## Limitations
+{kind}## Limitations
 
 {limits}
 """
+TREES = """\
+## What it leans on
+
+{trees} trees with {leaves} leaves. What their splits took off the training loss, by feature (which says nothing of
+causes):
+
+{importance}
+
+`atoll export THIS_FOLDER --format xgboost` writes it for XGBoost, and `model.shap_values(frame)` explains single rows.
+
+"""
+MOST_FEATURES = 20
+"""In the card's table."""
 
 
 def card(plan: Plan, schema: TableSchema, result: Mapping[str, Any], num_weights: int) -> str:
     """Markdown of a run's model. schema: of the prepared table; result: as result.json has it."""
     spec, metrics = result["model"]["spec"], result["metrics"]
     targets = (spec["target"],) if isinstance(spec["target"], str) else tuple(spec["target"])
-    task = TASK[spec["family"]] if spec["kind"] == "linear" else Goal.of(schema, targets).task
+    told = {"linear": TASK.get(spec.get("family")), "trees": TASKS.get(spec.get("link"))}
+    task = told.get(spec["kind"]) or Goal.of(schema, targets).task
     columns = {n: c for n, c in schema.columns.items() if n in set(words_of(spec))}
     target, sites = ", ".join(f"`{name}`" for name in targets), result["sites"]
+    what = predicted(plan, spec) or WORDS[task].format(target=target)
     summary = (
-        f"A model of kind `{spec['kind']}` that predicts {WORDS[task].format(target=target)}, trained together by "
-        f"{len(sites)} sites that did not pool their records."
+        f"A model of kind `{spec['kind']}` that predicts {what}, trained together by {len(sites)} sites that did "
+        "not pool their records."
     )
     details = {
         "kind": spec["kind"], "weights": num_weights, "task": task, "study": plan.name, "program": plan.program,
@@ -127,8 +143,21 @@ def card(plan: Plan, schema: TableSchema, result: Mapping[str, Any], num_weights
         params=_yaml(plan.params),
         privacy=privacy(result["privacy"]),
         metrics=scores(metrics),
+        kind=of_trees(result["model"].get("trees")),
         limits="\n".join(f"- {line}" for line in limits(plan, result)),
     )
+
+
+def predicted(plan: Plan, spec: Mapping[str, Any]) -> str:
+    """What trees predict that their task does not say; "" where it does."""
+    asked = plan.params.get("objective") if spec["kind"] == "trees" else None
+    objective = asked if isinstance(asked, Mapping) else {"kind": asked}
+    if spec.get("link") == "isolation":
+        return "how much of an anomaly a row is"
+    return {
+        "cox": f"a risk relative to others', from `{spec['target']}` and `{objective.get('event')}`",
+        "quantile": f"the {objective.get('alpha', 0.5)}-quantile of `{spec['target']}`",
+    }.get(str(objective["kind"]), "")
 
 
 def words_of(value: Any) -> Iterable[str]:
@@ -187,6 +216,17 @@ def scores(metrics: Mapping[str, Any]) -> str:
         return "No rows were held out, or nothing was scored."
     cells = ([p, w, *("–" if v.get(n) is None else f"{v[n]:.4g}" for n in names)] for p, w, v in lines)
     return "On held-out rows.\n\n" + table(("rows of", "model", *names), cells)
+
+
+def of_trees(told: Mapping[str, Any] | None) -> str:
+    """The part about a model of trees, by what ``result.json`` tells of it; nothing of another."""
+    if told is None:
+        return ""
+    found = told["importance"]
+    total = sum(max(one["gain"] or 0.0, 0.0) for one in found) or 1.0
+    rows = ([one["feature"], f"{(one['gain'] or 0.0) / total:.1%}", one["splits"]] for one in found[:MOST_FEATURES])
+    shown = table(("feature", "share of gain", "splits"), rows)
+    return TREES.format(trees=told["trees"], leaves=told["leaves"], importance=shown)
 
 
 def limits(plan: Plan, result: Mapping[str, Any]) -> list[str]:

@@ -92,6 +92,7 @@ class Opened:
         if self._data is None:
             data = self._read(self.plan)
             check_entities(self.plan, data.parts({}))
+            data.withhold(self._policy.withheld(self.plan))
             self._data = data
         return self._data.parts(view)
 
@@ -135,15 +136,18 @@ class Opened:
         """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""
         return partial(_stream, self._secret, number, purpose)
 
-    def remembered(self, message: Message, rows: Sketch, protection: Protection, question: str = "") -> Query | None:
+    def remembered(
+        self, message: Message, rows: Sketch, protection: Protection, question: str = "", *, closed: bool = False
+    ) -> Query | None:
         """What the journal is to remember of an exact answer over *rows*, so that no other is its near repeat.
-        question: where only this very one counts, its digest."""
+        question: where only this very one counts, its digest or the period that it is about. closed: of such a
+        period, so that it is answered once."""
         if self._policy.repeats == "allow" or self.noise is not None:
             return None
         cohort = frozenset[str]() if protection.reveals else frozenset(self.roster)
         key = query_key(self.plan.dataset, message)
         key = hashlib.sha256(f"{key} {question}".encode()).hexdigest() if question else key
-        return Query(key, rows, cohort, self._policy.min_group_size, self._policy.min_sites)
+        return Query(key, rows, cohort, self._policy.min_group_size, self._policy.min_sites, closed)
 
     def cost(
         self, task: TaskId, program: Program, name: str, schema: TableSchema, fields: Mapping[str, Field],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,9 +14,14 @@ from atoll.contract.errors import AtollError, PolicyError, refuse_all
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.settings import read_yaml, validate
+from atoll.data.recipe import Prepared, texts
+from atoll.data.table import not_readable
 from atoll.runtime.budget import Budget
 
-Shareable = Literal["rows", "metrics", "quality"]
+Shareable = Literal["rows", "metrics", "quality", "risk"]
+DataClass = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+KEPT = "_withheld"
+"""The class of columns that a policy withholds by name."""
 
 
 class AuditRule(BaseModel):
@@ -43,7 +48,9 @@ class Policy(BaseModel):
     share of its total. repeats: "refuse" an exact query that was asked before over rows that
     differ by fewer than min_group_size (or, under a protection, over a cohort that differs by one site).
     min_sites: fewest sites in a cohort (with two, each learns the other's share of a sum).
-    share: own values that may leave un-summed. approval: "manual" asks the operator
+    share: own values that may leave un-summed. withhold: data classes (of the schema's columns) that no program may
+    read, nor what a recipe makes of them; withhold_columns: the same by the columns' names (``*`` matches any text),
+    whatever the schema says of them. approval: "manual" asks the operator
     about every study; roster: "manual" asks about every new identity in a cohort. max_message_bytes: larger tasks and
     releases are refused. modules: further Python modules whose programs may be loaded. models: networks of other
     packages that plans may name (``package.nets:Net``); no pattern. budgets: what a data set may cost
@@ -62,6 +69,8 @@ class Policy(BaseModel):
     repeats: Literal["refuse", "allow"] = "refuse"
     min_sites: int = Field(default=3, ge=1)
     share: tuple[Shareable, ...] = ()
+    withhold: tuple[DataClass, ...] = ()
+    withhold_columns: tuple[str, ...] = ()
     approval: Literal["manual", "automatic"] = "manual"
     roster: Literal["manual", "automatic"] = "manual"
     max_message_bytes: int = Field(default=2 << 30, gt=0)
@@ -89,7 +98,7 @@ class Policy(BaseModel):
         return Policy(
             programs=("*",), purposes=("*",), protections=("*",), min_group_size=1, min_sites=1,
             dominant_share=1.0, repeats="allow",
-            share=("rows", "metrics", "quality"), approval="automatic",
+            share=("rows", "metrics", "quality", "risk"), approval="automatic",
             roster="automatic", budgets={"*": Budget(epsilon=None, delta=None, exact_releases=None)},
         )  # fmt: skip
 
@@ -107,12 +116,30 @@ class Policy(BaseModel):
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
         if plan.run.min_group_size < self.min_group_size:
             problems.append(_refused("policy.min-group-size", "the plan would report smaller groups", "min_group_size"))
+        problems += [
+            not_readable(name, kind) for name, kind in self.withheld(plan).items() if name in set(texts(plan.params))
+        ]
         try:
             if version is not None:
                 self.check_program(plan.program, version)
         except PolicyError as error:
             problems.append(error)
         refuse_all(PolicyError, "policy.refused", problems)
+
+    def withheld(self, plan: Plan) -> dict[str, str]:
+        """Columns of *plan*'s table, from first to last step of its recipe, that no program may read, and which kind of
+        data each is."""
+        if not (self.withhold or self.withhold_columns):
+            return {}
+        columns = {
+            name: column.model_copy(update={"data_class": "+".join(sorted({*column.data_classes, KEPT}))})
+            if self._allows(self.withhold_columns, name) else column
+            for name, column in plan.table.columns.items()
+        }  # fmt: skip
+        classes = Prepared(plan.recipe).data_classes(plan.table.model_copy(update={"columns": columns}))
+        kept = {name: kinds & {*self.withhold, KEPT} for name, kinds in classes.items()}
+        kept |= {name: kinds | {KEPT} for name, kinds in kept.items() if self._allows(self.withhold_columns, name)}
+        return {name: _kinds(kinds) for name, kinds in kept.items() if kinds}
 
     def check_audit(self, program: str, result: str) -> None:
         """Raise PolicyError unless the audit of a plan of *program*, as the journal keeps its *result*, is good enough
@@ -134,6 +161,10 @@ class Policy(BaseModel):
     @staticmethod
     def _allows(patterns: tuple[str, ...], name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _kinds(kinds: frozenset[str]) -> str:
+    return " and ".join(sorted(kinds - {KEPT}) or ["withheld"]) + " data"
 
 
 def _refused(code: str, message: str, key: str) -> PolicyError:

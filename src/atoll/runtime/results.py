@@ -22,7 +22,9 @@ from atoll.contract.rounds import Gathered, Reduced, Round, Summed
 from atoll.contract.wire import Array, Json
 from atoll.data.recipe import Prepared
 from atoll.models import stored
-from atoll.models.model import Model
+from atoll.models.importance import told as told_trees
+from atoll.models.model import Predictor
+from atoll.models.trees import Trees
 from atoll.privacy.dp.accounting import delta_warning
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.model_card import card
@@ -99,6 +101,10 @@ def summarise(
         arrays = {**model.arrays(), **found.pop("arrays", {})}
         table = {key: found.pop(key) for key in ("coefficients", "table", "iterations") if key in found}
         result["model"] = {**described(model), "converged_rounds": table.pop("iterations", None), **table}
+        if isinstance(model, Trees):
+            asked = plan.params.get("objective")
+            kind = asked.get("kind") if isinstance(asked, Mapping) else asked
+            result["model"] |= {"objective": kind, "trees": told_trees(model)}
     if "columns" in found:
         result["statistics"] = {"rows": found.pop("rows"), "columns": found.pop("columns")}
     if dense := found.pop("dense", None):
@@ -119,7 +125,7 @@ def compression(dense: Mapping[str, int], traffic: Mapping[str, int]) -> dict[st
     return told | {f"ratio_{way.removesuffix('_bytes')}": ratio for way, ratio in ratios.items()}
 
 
-def described(model: Model) -> dict[str, Any]:
+def described(model: Predictor) -> dict[str, Any]:
     """A model's spec, and the names of the arrays that make its weights, in order."""
     stored_as = model.arrays()
     return {"spec": model.spec(), "layers": [name for name in model.layers if name in stored_as] or ["weights"]}
@@ -193,13 +199,14 @@ def told_privacy(
 OF_PROTECTION = "keys, sealed shares, signatures and opened shares, which tell nothing of the data"
 
 
-def releases(ledger: Path) -> list[dict[str, Any]]:
-    """What left a site, from its ledger, alike releases together: program, handler, what, bytes, times."""
+def releases(ledger: Path, run: str = "") -> list[dict[str, Any]]:
+    """What left a site (in one run, or ever), from its ledger, alike releases together: program, handler, what, bytes,
+    times."""
     counted: Counter[tuple[str, str, str]] = Counter()
     size: Counter[tuple[str, str, str]] = Counter()
     for line in ledger.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
-        if entry["kind"] != "release":
+        if entry["kind"] != "release" or run not in ("", entry["body"]["run"]):
             continue
         body = entry["body"]
         numbers = sum(math.prod(shape) for _, _, shape in body["fields"])

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -188,14 +188,17 @@ def _compare(plan: Plan, tables: Mapping[str, SiteData], result: dict[str, Any],
 class Processes:
     """Child processes of a sandbox; all are ended, by their own process id, on the way out."""
 
-    def __init__(self, logs: Path) -> None:
-        self._logs, self._children = logs, dict[str, subprocess.Popen[bytes]]()
+    def __init__(self, logs: Path, keep: Sequence[int] = ()) -> None:
+        """keep: file descriptors that stay open as long as any of them lives."""
+        self._logs, self._keep, self._children = logs, tuple(keep), dict[str, subprocess.Popen[bytes]]()
 
     def start(self, name: str, *arguments: str) -> None:
         """``atoll`` with *arguments*, logging to NAME.log."""
         command = [sys.executable, "-m", "atoll", *arguments, "--parent", str(os.getpid())]
         with (self._logs / f"{name}.log").open("ab") as log:
-            self._children[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            self._children[name] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=self._keep
+            )
 
     def check(self) -> None:
         """Raise TransportError if one has ended, with the end of its log."""

@@ -154,7 +154,8 @@ class Site:
         if "quality" not in self._policy.share:
             return ""
         with self._lock(run):
-            return str(completeness(self._opened(run).tables({})[0]))
+            table = self._opened(run).tables({})[0]
+            return str(completeness(table, table.withheld))
 
     # ---------------------------------------------------------------- tasks
 
@@ -235,9 +236,11 @@ class Site:
             reply = asked.handler.answer(job.program, view, Task(task, job.told, words, secret))
         changed = state.keys() != before.keys() or any(state[name] is not before[name] for name in state)
         job.party.personal = view.personalised()
-        if asked.fields:
+        if asked.fields and not asked.handler.impersonal:
             rows = np.stack([part.sketch for part in tables])
-            job.party.query = opened.remembered(job.message, rows, job.protection)
+            named = job.sent.get(asked.handler.period)  # as a number: in whatever dtype it came, it is the same period
+            period = "" if named is None else (named.astype(np.float64) + 0.0).tobytes().hex()
+            job.party.query = opened.remembered(job.message, rows, job.protection, period, closed=bool(period))
         schema = view.table.schema
         cost = opened.cost(task, job.program, asked.name, schema, asked.fields, job.sent, job.question)
         return Done(asked, reply, cost, state if changed else None)

@@ -36,7 +36,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import feature_bounds
-from atoll.models.model import Model, make, restored
+from atoll.models.model import Predictor, make, restored
 from atoll.statistics.noise import fine, only_summed, sent_array
 from atoll.statistics.scores import (
     LOSS_CAP,
@@ -78,7 +78,7 @@ class Evaluation:
     def __init__(self, params: Params) -> None:
         self.params = params
 
-    def _model(self, schema: TableSchema) -> Model:
+    def _model(self, schema: TableSchema) -> Predictor:
         return make(self.params.model, schema)
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
@@ -106,7 +106,7 @@ class Evaluation:
             pooled, curves = self._binary(from_cells(total["cells"]))
         return {"pooled": pooled, "own": (yield from self._each(cohort, model, send, pooled)), "curves": curves}
 
-    def _each(self, cohort: Cohort, model: Model, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
+    def _each(self, cohort: Cohort, model: Predictor, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
         """Each site's own metrics, of those that are in *pooled*."""
         own: dict[str, dict[str, float]] = {}
         if self.params.own and cohort.exact:
@@ -149,14 +149,14 @@ class Evaluation:
         total = yield Round("scores", Sum(), fields, send)
         return self._binary(total)
 
-    def _classes(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
+    def _classes(self, cohort: Cohort, model: Predictor, send: dict[str, Array]) -> Steps:
         rows = cohort.schema.max_rows
         size = len(cohort.schema.columns[model.targets[0]].values or ())
         loss = real(bound=rows * LOSS_CAP, step=fine(rows * LOSS_CAP))
         total = yield Round("classes", Sum(), {"confusion": count((size, size), bound=rows), "log_loss": loss}, send)
         return class_metrics(total["confusion"], float(total["log_loss"]))
 
-    def _errors(self, cohort: Cohort, model: Model, send: dict[str, Array]) -> Steps:
+    def _errors(self, cohort: Cohort, model: Predictor, send: dict[str, Array]) -> Steps:
         rows, far, size = cohort.schema.max_rows, FAR if cohort.exact else 1.0, len(model.targets)
         bounds = _most(far)
         bits = 20 if cohort.exact else 0  # the tightest bound of a few numbers is far above what they come to
@@ -313,7 +313,7 @@ class Evaluation:
         return {name: found.get(name, math.nan) for name in own_metrics(model)}
 
 
-def asked_of(model: Model, *, exact: bool, personal: bool, shared: bool = True) -> Program:
+def asked_of(model: Predictor, *, exact: bool, personal: bool, shared: bool = True) -> Program:
     """The evaluation that a study makes of a model, during a run and after it."""
     asked = {"model": model.spec(), "own": exact, "personal": personal}
     return build("statistics.evaluation", asked if shared else {**asked, "shared": False})
@@ -388,7 +388,7 @@ def _error_sums(
     }  # fmt: skip
 
 
-def _by_target(schema: TableSchema, model: Model, rows: int, sums: Mapping[str, Array]) -> dict[str, float]:
+def _by_target(schema: TableSchema, model: Predictor, rows: int, sums: Mapping[str, Array]) -> dict[str, float]:
     """Metrics of each target; of several, their means first, then "mae speed_15" and so on."""
     each = [
         error_metrics(rows, **{n: float(v[i]) for n, v in sums.items()}, unit=_middle(schema, name)[1])
@@ -400,7 +400,7 @@ def _by_target(schema: TableSchema, model: Model, rows: int, sums: Mapping[str, 
     return {**{n: float(np.mean([found[n] for found in each])) for n in each[0]}, **named}
 
 
-def own_metrics(model: Model) -> tuple[str, ...]:
+def own_metrics(model: Predictor) -> tuple[str, ...]:
     """The metrics that a site can tell of its own."""
     several = model.targets if len(model.targets) > 1 else ()
     return OWN + tuple(f"{metric} {name}" for name in several for metric in ("mae", "rmse", "r2"))

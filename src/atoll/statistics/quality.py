@@ -35,7 +35,7 @@ rounds (6 KiB a number and round), 53 KiB if there is a time column, and about 6
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -321,10 +321,11 @@ def own_quality(table: TableView, outlier: float = 4.0) -> float:
     return math.exp(math.fsum(map(math.log, means)) / len(means))
 
 
-def completeness(table: TableView) -> float:
-    """Share of the cells in feature columns that are not missing, in [FLOOR, 1], to two digits: so little that it tells
-    of no single row. No cells: 1."""
-    names = [name for name, column in table.schema.columns.items() if column.role == "feature"]
+def completeness(table: TableView, withheld: Collection[str] = ()) -> float:
+    """Share of the cells in feature columns (but those *withheld*) that are not missing, in [FLOOR, 1], to two digits:
+    so little that it tells of no single row. No cells: 1."""
+    columns = table.schema.columns.items()
+    names = [name for name, column in columns if column.role == "feature" and name not in withheld]
     missing = sum(_missing(table, name) for name in names)
     return max(round(1 - missing / max(len(names) * len(table), 1), 2), FLOOR)
 

@@ -190,6 +190,17 @@ def test_asof_aligns_two_streams_of_a_long_table(table_of: Any, prepare: Any, sa
     assert made.dropped == {"without a": 2}
 
 
+def test_differences_of_what_only_rises_are_never_negative(stream: Table, prepare: Any) -> None:
+    falling, rising = (
+        run(prepare, stream, step="lag", columns=["x", "n"], differences=[2], rising=told, **BY)
+        for told in (False, True)
+    )
+    for name in ("x_diff2", "n_diff2"):
+        assert rising.schema.columns[name].range == (0, falling.schema.columns[name].range[1])
+        assert (falling[name] < 0).any()
+        assert np.array_equal(rising[name], np.maximum(falling[name], 0), equal_nan=True)
+
+
 def test_lags_differences_and_what_comes(stream: Table, prepare: Any, same: Any) -> None:
     made = run(prepare, stream, step="lag", columns=["x", "n"], lags=[1, 3], differences=[2], ahead=[1, 4], **BY)
     streams = by_stream(stream).groupby("s")

@@ -30,8 +30,9 @@ How = Literal["mean", "sum", "std", "min", "max"]
 class Lag(Step):
     """New columns of what ``columns`` were before, in the stream of each row (equal ``by``, in the order of ``on``).
 
-    lags: COLUMN_lagN, the value N rows before. differences: COLUMN_diffN, the value minus that. ahead: labels
-        COLUMN_aheadN, the value N rows after.
+    lags: COLUMN_lagN, the value N rows before. differences: COLUMN_diffN, the value minus that; rising: of columns
+        that only rise, such as cumulative counts: a difference below 0 counts as 0. ahead: labels COLUMN_aheadN, the
+        value N rows after.
     windows: rows (7) or durations ("24h") that end with the row itself, or with current: false just before it:
         COLUMN_STATISTIC_WINDOW of the present values; statistics: mean, sum, std (n − 1), min, max. A window of
         7 rows holds 7; one of 24h those later than 24 h before (with current: false also that moment, but
@@ -45,6 +46,7 @@ class Lag(Step):
     by: Names = ()
     lags: tuple[Rows, ...] = ()
     differences: tuple[Rows, ...] = ()
+    rising: bool = False
     ahead: tuple[Rows, ...] = ()
     windows: tuple[Rows | Duration, ...] = ()
     statistics: tuple[How, ...] = ("mean",)
@@ -73,7 +75,8 @@ class Lag(Step):
             whole: Any = column.dtype
             made |= {f"{name}_lag{n}": column for n in self.lags}
             made |= {f"{name}_ahead{n}": column.model_copy(update={"role": "label"}) for n in self.ahead}
-            difference = between(low - high, high - low, column, dtype=whole, unit=column.unit)
+            fall = 0 if self.rising else low - high
+            difference = between(fall, high - low, column, dtype=whole, unit=column.unit)
             made |= {f"{name}_diff{n}": difference for n in self.differences}
             for window in self.windows:
                 rows = window if isinstance(window, int) else self.most

@@ -1,0 +1,49 @@
+"""The columns that trees are of, and their edges, as plans say them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from atoll.contract.errors import PlanError
+from atoll.contract.program import Cohort
+from atoll.contract.rounds import Steps
+from atoll.contract.schema import TableSchema
+from atoll.trees.binning import check_given, even_edges, quantile_edges
+
+Columns = tuple[tuple[str, ...], tuple[str, ...]]
+"""(features, those of them that are categorical)."""
+
+
+def feature_columns(
+    schema: TableSchema, target: str, features: tuple[str, ...], categorical: tuple[str, ...]
+) -> Columns:
+    """Named *features*, else all that are numbers or list their values, but the target; texts are categorical. Raises
+    PlanError where *categorical* names others."""
+    named = features or tuple(
+        name
+        for name, column in schema.columns.items()
+        if column.role == "feature" and name != target and (column.numeric or column.values)
+    )
+    if unknown := sorted(set(categorical) - set(named)):
+        raise PlanError("plan.bad-column", f"{unknown[0]!r} is not a feature of the trees", field="categorical",
+                        remedy="name it among the features, too")  # fmt: skip
+    texts = {name for name in named if name in schema.columns and not schema.columns[name].numeric}
+    return named, tuple(name for name in named if name in texts or name in categorical)
+
+
+def edges_of(
+    cohort: Cohort, columns: Columns, given: Mapping[str, tuple[float, ...]], max_bins: int, *, even: bool = False
+) -> Steps:
+    """Rounds of ``trees.edges``, or none for *even* edges; returns every feature's edges in order, those *given* as
+    they are. Raises PlanError for edges that are not rising."""
+    features, categorical = columns
+    check_given(given, features, categorical)
+    wanted = [name for name in features if name not in categorical and name not in given]
+    if even:
+        found = {name: even_edges(cohort.schema, name, max_bins) for name in wanted}
+    else:
+        found = dict((yield from quantile_edges(cohort, wanted, max_bins)))
+    found |= {name: np.asarray(np.array(edges, np.float32) + np.float32(0)) for name, edges in given.items()}
+    return tuple(found.get(name, np.empty(0, np.float32)) for name in features)

@@ -1,0 +1,1 @@
+"""Objectives, one a file; the file's name is what a plan calls it."""
