@@ -229,6 +229,7 @@ def test_two_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"program": "statistics.describe", "params": {}}, (), "daily.no-days"),
         ({}, ("--day", "yesterday"), "daily.bad-day"),
+        ({}, ("--day", "20200201"), "daily.bad-day"),
         ({"cohort": {"min_sites": 5}}, (), "cohort.too-small"),
     ],
 )

@@ -38,7 +38,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
     max_leaves=10,
 )
-NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
 
 @st.composite
@@ -266,6 +266,12 @@ SPEC = st.one_of(
 @example([["a", "<f8", [2**61, 8]]], 0, 0)
 def test_lying_headers(specs: list[Any], size: int, body_bytes: int | None) -> None:
     decodes_or_refuses(with_arrays(*specs, body=bytes(size), body_bytes=body_bytes))
+
+
+def test_an_array_has_a_name() -> None:
+    with pytest.raises(ProtocolError) as error:
+        decode(with_arrays(["", "<f8", []], body=bytes(8)))
+    assert error.value.code == "wire.bad-array"
 
 
 @pytest.mark.parametrize(

@@ -351,6 +351,14 @@ def test_what_xgboost_would_not_have_written_is_refused(path: str, value: Any) -
     assert refused(changed(path, value)).code == "import.malformed"
 
 
+@pytest.mark.parametrize("names", [5, "abcd", {"a": 1}])
+@pytest.mark.parametrize("kinds", [None, 7])
+def test_names_that_are_no_list_are_refused(names: Any, kinds: Any) -> None:
+    told = changed("feature_types", kinds)
+    told["learner"]["feature_names"] = names
+    assert refused(told).code == "import.malformed"
+
+
 @pytest.mark.parametrize("name", ["categories", "categories_nodes", "categories_segments", "categories_sizes"])
 def test_sets_of_codes_that_are_not_there_are_refused(name: str) -> None:
     told = written()

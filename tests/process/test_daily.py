@@ -77,7 +77,9 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield call
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atoll.contract.errors import AtollError, DisclosureError
+from atoll.contract.errors import AtollError, DisclosureError, ProtocolError
 from atoll.contract.schema import Column, TableSchema
 from atoll.crypto.identity import Identity
 from atoll.data.sketch import CELLS, sketch
 from atoll.data.table import Table
 from atoll.runtime.journal import Journal
-from atoll.runtime.memory import Query
+from atoll.runtime.memory import Query, period_of
 from atoll.runtime.policy import Policy
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -161,3 +161,13 @@ def test_a_closed_period_is_answered_again_over_the_very_same_rows_only() -> Non
         with pytest.raises(DisclosureError) as caught:
             query.check(rows.tobytes(), frozenset())
         assert caught.value.code == "disclosure.closed-period"
+
+
+def test_only_what_a_handler_names_makes_a_question_another_period() -> None:
+    """Else any array that it ignores would make every question a new one."""
+    day = {"day": np.array(7.0), "": np.array(1.0)}
+    assert period_of("", day) == ""
+    assert period_of("day", day) == period_of("day", {"day": np.array(7, np.int64)}) != ""
+    for told in ({}, {"day": np.zeros(2)}, {"day": np.array(np.nan)}):
+        with pytest.raises(ProtocolError):
+            period_of("day", told)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY, Cohort, ProgramParams, handler, program
 from atoll.contract.rounds import Round, Sum, count
 from atoll.contract.schema import Column
-from atoll.data.recipe import Prepared
+from atoll.data.recipe import STEPS, Prepared
+from atoll.data.sources import SourceSpec
 from atoll.runtime.policy import Policy
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -139,6 +142,139 @@ def test_what_a_recipe_makes_of_a_column_is_of_its_class() -> None:
 def test_a_policy_withholds_nothing_by_default() -> None:
     assert Policy().withheld(planned()) == {} == Policy.sandbox().withheld(planned())
     assert Policy(withhold=("imaging",)).withheld(planned()) == {}
+
+
+def test_a_column_that_is_changed_in_place_by_a_withheld_one_is_of_its_class() -> None:
+    day, cases = {"dtype": "date"}, {"range": [0, 9]}
+    fever, other = COLUMNS["fever"], {"range": [0, 1]}
+    smoothed = {"step": "smooth", "columns": ["cases"], "method": "median", "on": "day", "by": ["fever"]}
+    columns: dict[str, Any] = {"day": day, "cases": cases, "fever": fever, "other": other}
+    policy = Policy(withhold=("clinical",))
+    assert set(policy.withheld(planned(smoothed, **columns))) == {"fever", "cases"}
+    lagged = {"step": "lag", "columns": ["cases"], "on": "day", "by": ["fever"], "lags": [1]}
+    assert set(policy.withheld(planned(lagged, **columns))) == {"fever", "cases_lag1"}
+
+
+# ---------------------------------------------------------------- the source's own names, and cleaning
+
+NUMBER: dict[str, Any] = {"range": [0, 1000]}
+HIDING = {"withhold_columns": ("hiv*",), "withhold": ("clinical",)}
+
+
+def ask(federation: Any, folder: Path, steps: Iterable[dict[str, Any]], columns: dict[str, Any], **more: Any) -> Any:
+    """What a study of the column "x" (or *asked*) is told by a site whose table has a column "hiv_load"."""
+    rows = "".join(f"{20 + i % 50},{i * 10},{i % 3}\n" for i in range(60))
+    (folder / "t.csv").write_text("age,hiv_load,x_ray\n" + rows)
+    source = {"a": SourceSpec(path="t.csv", extra="ignore", columns=more.pop("ours", {}))}
+    policy, asked = more.pop("policy", open_policy(**HIDING)), more.pop("asked", "x")
+    recipe = {phase: [one for one in steps if STEPS[one["step"]].cleans == (phase == "clean")] for phase in PHASES}
+    schema = {"name": "t", "columns": {name: {**NUMBER, **column} for name, column in columns.items()}}
+    plan = federation.plan(
+        "statistics.describe", {"columns": [asked], "bins": 1}, {}, schema=schema, recipe=recipe, **more
+    )
+    return federation.run(plan, source, {"a": policy}, base=folder)["result"]["columns"][asked]
+
+
+PHASES = ("clean", "steps")
+RENAMED = {"step": "rename", "columns": {"x": ["hiv_load"]}}
+MADE = {"step": "combine", "into": "x", "template": "{hiv_load}"}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [RENAMED],
+        [MADE],
+        [{"step": "combine", "into": "y", "template": "{hiv_load}"}, {"step": "rename", "columns": {"x": ["y"]}}],
+        [{"step": "rename", "columns": {"y": ["hiv_load"]}}, {"step": "combine", "into": "x", "template": "{y}"}],
+        [{"step": "rename", "match": "loose", "columns": {"x": ["HIV load"]}}],
+    ],
+)
+def test_cleaning_does_not_make_a_withheld_column_readable(
+    federation: Any, tmp_path: Path, steps: list[dict[str, Any]]
+) -> None:
+    assert ask(federation, tmp_path, steps, {"x": {}}, policy=open_policy())["count"] == 60
+    with pytest.raises(PolicyError) as caught:
+        ask(federation, tmp_path, steps, {"x": {}})
+    assert (caught.value.code, caught.value.field) == ("policy.column-withheld", "x")
+    assert not federation.releases()
+
+
+def test_a_name_that_only_the_source_tells_is_withheld_once_it_is_opened(federation: Any, tmp_path: Path) -> None:
+    loose = {"step": "rename", "match": "loose"}
+    for steps, ours, name in (([loose], {}, "h_i_v_load"), ([], {"x": "hiv_load"}, "x")):
+        told = ask(federation, tmp_path, steps, {name: {}}, asked=name, ours=ours, policy=open_policy())
+        assert told["count"] == 60
+        with pytest.raises(PolicyError) as caught:
+            ask(federation, tmp_path, steps, {name: {}}, asked=name, ours=ours)
+        assert (caught.value.code, caught.value.field) == ("policy.column-withheld", name)
+        assert not federation.releases()
+
+
+def test_columns_that_cleaning_does_not_make_of_withheld_ones_are_read(federation: Any, tmp_path: Path) -> None:
+    steps: list[dict[str, Any]] = [
+        {"step": "rename", "columns": {"x": ["x_ray"]}},
+        {"step": "numbers", "columns": ["age", "hiv_load"]},
+        {"step": "deduplicate"},
+        {"step": "range_rule", "columns": ["hiv_load"], "outside": "missing"},
+    ]
+    columns: dict[str, Any] = {"age": {}, "hiv_load": {}, "x": {}}
+    for asked in ("age", "x"):
+        told = ask(federation, tmp_path, steps, columns, asked=asked, ours={"age": "age"})
+        assert told == ask(federation, tmp_path, steps, columns, asked=asked, policy=open_policy())
+
+
+CLASSED: dict[str, Any] = {"age": {}, "load": {"data_class": "clinical"}}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"step": "drop_missing", "columns": ["hiv_load"]},
+        {"step": "drop_missing", "columns": ["age", "load"]},
+        {"step": "range_rule", "columns": ["load"], "range": [0, 100], "outside": "drop"},
+        {"step": "deduplicate", "key": ["age"], "latest": "load"},
+        {"step": "deduplicate", "key": ["load"], "latest": "age"},
+        {"step": "complete_rows", "columns": ["load"]},
+        {"step": "anonymise", "columns": ["load"], "k": 2},
+    ],
+)
+def test_no_rows_are_chosen_by_a_withheld_column(federation: Any, tmp_path: Path, step: dict[str, Any]) -> None:
+    copied = {"step": "combine", "into": "load", "template": "{x_ray}"}
+    with pytest.raises(PolicyError) as caught:
+        ask(federation, tmp_path, [copied, step], CLASSED, asked="age")
+    assert (caught.value.code, caught.value.where["step"]) == ("policy.column-withheld", "open")
+    assert not federation.releases()
+
+
+def test_no_rows_are_merged_by_a_withheld_column() -> None:
+    columns: dict[str, Any] = {"day": {"dtype": "date"}, "age": NUMBER, "fever": COLUMNS["fever"]}
+    step = {"step": "resample", "on": "day", "by": ["fever"], "every": "1d", "columns": {"age": "mean"}}
+    with pytest.raises(PolicyError, match="rows would be chosen by it"):
+        Policy(withhold=("clinical",)).check_withheld(planned(step, **columns))
+    kept = planned({**step, "by": [], "columns": {"fever": "mean"}}, **columns)
+    assert set(Policy(withhold=("clinical",)).check_withheld(kept)) == {"fever"}
+
+
+def test_rows_are_not_held_out_by_a_withheld_column(federation: Any, tmp_path: Path) -> None:
+    made = [{"step": "combine", "into": "load", "template": "{x_ray}"}]
+    run = {"holdout": 0.3, "holdout_by": "load", "min_group_size": 5}
+    assert ask(federation, tmp_path, made, CLASSED, asked="age", run=run, policy=open_policy())["count"] < 60
+    with pytest.raises(PolicyError) as caught:
+        ask(federation, tmp_path, made, CLASSED, asked="age", run=run)
+    assert (caught.value.code, caught.value.field) == ("policy.column-withheld", "load")
+    assert not federation.releases()
+    loose = [{"step": "rename", "match": "loose"}]
+    hidden: dict[str, Any] = {"age": {}, "h_i_v_load": {}}
+    with pytest.raises(PolicyError) as caught:
+        ask(federation, tmp_path, loose, hidden, asked="age", run={**run, "holdout_by": "h_i_v_load"})
+    assert (caught.value.code, caught.value.field) == ("policy.column-withheld", "h_i_v_load")
+
+
+def test_which_cleaning_steps_copy_cells_from_one_column_to_another_is_known() -> None:
+    """Whoever adds a cleaning step says in its `moves` and `chooses` what it does, and then adds it here."""
+    alone = {"codes", "dates", "deduplicate", "drop_missing", "numbers", "range_rule", "text", "units"}
+    assert {name for name, step in STEPS.items() if step.cleans} == {*alone, "combine", "rename"}
 
 
 # ---------------------------------------------------------------- the contract

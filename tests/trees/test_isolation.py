@@ -198,8 +198,32 @@ def test_a_site_takes_nothing_malformed(federation: Any, drive: Any, sent: dict[
     driven = drive(steps(params, tables), tables)
     arrays = {**driven.rounds[-1].send, **sent}
     program = build("trees.isolation", params)
-    with pytest.raises(ProtocolError):
+    driven.desks["s0"].state.clear()
+    with pytest.raises(ProtocolError) as caught:
         program.leaves(driven.desks["s0"], Task(TaskId("0" * 32, 0, 0, "reply", "s0"), arrays, ()))  # type: ignore[attr-defined]
+    assert caught.value.code == "task.array"
+
+
+def test_a_site_counts_in_one_forest_a_run(federation: Any, drive: Any) -> None:
+    tables = tables_of(federation, rows(60))
+    params = {"features": NUMBERS, "trees": 2, "max_depth": 2, "contamination": 0.1}
+    driven = drive(steps(params, tables), tables)
+    handlers = type(build("trees.isolation", params)).handlers  # type: ignore[attr-defined]
+    leaves, scores = driven.rounds[-2], driven.rounds[-1]
+    weights = scores.send["weights"].copy()
+    weights[np.flatnonzero(weights)[-1]] += 1
+    for item, sent in (
+        (leaves, {}), (leaves, {"seed": np.array(8)}), (leaves, {"ranges": leaves.send["ranges"] + 1}),
+        (scores, {}), (scores, {"weights": weights}),
+    ):  # fmt: skip
+        task = Task(TaskId("0" * 32, 9, 0, "reply", "s0"), {**item.send, **sent}, ())
+        made = build("trees.isolation", params)
+        if not sent:  # the same again
+            handlers[item.name].answer(made, driven.desks["s0"], task)
+            continue
+        with pytest.raises(ProtocolError) as caught:
+            handlers[item.name].answer(made, driven.desks["s0"], task)
+        assert caught.value.code == "trees.other-forest"
 
 
 @pytest.mark.parametrize("ranges", [[[5, -5]] * 3, [[1e300, 1e308]] * 3, [[-1e308, 1e308]] * 3, [[0, 0]] * 3])
@@ -209,6 +233,7 @@ def test_whatever_ranges_a_coordinator_sends_trees_are_sound(federation: Any, dr
     driven = drive(steps(params, tables), tables)
     arrays = {**driven.rounds[-1].send, "ranges": np.array(ranges, np.float64)}
     program = build("trees.isolation", params)
+    driven.desks["s0"].state.clear()
     reply = program.leaves(driven.desks["s0"], Task(TaskId("0" * 32, 0, 0, "reply", "s0"), arrays, ()))  # type: ignore[attr-defined]
     assert reply["rows"].sum(axis=1).tolist() == [20, 20]
 

@@ -197,7 +197,16 @@ def test_a_renewed_leaf_tells_no_extreme_of_few() -> None:
     sums = objective.renew_sums(np.zeros((10, 1)), labels, np.zeros((10, 1), np.int32), 1)
     assert objective.renewed(sums)[0, 0] > 90
     assert objective.renewed(sums, smallest=5)[0, 0] == pytest.approx(1, rel=0.1)
-    assert objective.renewed(sums, smallest=100)[0, 0] == pytest.approx(1, rel=0.1)  # the median
+    assert objective.renewed(sums, smallest=10)[0, 0] == pytest.approx(1, rel=0.1)  # the median
+    assert objective.renewed(sums, smallest=11)[0, 0] == 0
+
+
+def test_the_base_margin_of_an_extreme_quantile_is_nobodys_value() -> None:
+    objective = make({"kind": "quantile", "alpha": 0.999}, "value", SCHEMA)
+    sums = objective.begin_sums(np.append(np.linspace(1, 20, 99), 110.0))
+    assert objective.base(sums)[0] > 90
+    assert objective.base(sums, 10)[0] == pytest.approx(20, abs=4)
+    assert objective.base(sums, 101)[0] == -80, "the bottom of the range"
 
 
 def test_cox_s_grid_is_that_of_survival_curves() -> None:

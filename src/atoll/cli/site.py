@@ -90,6 +90,7 @@ def check(
         allow(site.policy.models)
         site.policy.check_plan(plan, plan.cohort.min_sites, check_plan(plan).version)
         data, base, spec = site.data(plan), site.folder, site.config.datasets[plan.dataset]
+        site.policy.check_withheld(plan, data.source)
     table, warnings = data.base(), compared(plan, {"this-site": spec}, base)
     if machine:
         told = {"plan": plan.name, "plan_hash": plan.hash, "rows": len(table), "ok": True}

@@ -212,10 +212,10 @@ def read_head(data: bytes | memoryview) -> Head:
 
 def _spec(item: Json) -> ArraySpec:
     match item:
-        case [str(name), str(dtype), list(shape)] if dtype in DTYPES and len(shape) <= MAX_DIMENSIONS:
+        case [str(name), str(dtype), list(shape)] if name and dtype in DTYPES and len(shape) <= MAX_DIMENSIONS:
             if all(type(n) is int and n >= 0 for n in shape) and math.prod(max(n, 1) for n in shape) < 2**58:
                 return ArraySpec(name, dtype, tuple(shape))
-    raise _bad("wire.bad-array", "a message declares an array of unknown dtype or shape")
+    raise _bad("wire.bad-array", "a message declares an array without a name, or of unknown dtype or shape")
 
 
 def read_body(head: Head, body: bytes | bytearray | memoryview) -> dict[str, Array]:

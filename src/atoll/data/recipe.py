@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from atoll.contract.errors import PlanError
@@ -17,6 +17,7 @@ from atoll.data.step import STEPS, Fitted, Found, Need, Step
 from atoll.data.table import Table
 
 __all__ = ["STEPS", "Prepared", "texts"]
+Classes = frozenset[str]
 assert _registered  # noqa: S101  (imported so that the steps register)
 
 
@@ -107,19 +108,47 @@ class Prepared:
             schema = self.steps[number].after(schema)
         return schema
 
-    def data_classes(self, schema: TableSchema) -> dict[str, frozenset[str]]:
-        """By column, which kinds of data it is, or was at any step: a step's new columns are what the columns that its
-        options name are (all columns, where they name none)."""
-        found = {name: column.data_classes for name, column in schema.columns.items()}
+    def data_classes(
+        self, schema: TableSchema, named: Callable[[str], Classes] = lambda _: frozenset(),
+        source: Mapping[str, str] | None = None,
+    ) -> tuple[dict[str, Classes], dict[str, Classes]]:  # fmt: skip
+        """(by column, which kinds of data it is, or was at any step; by column that a step chooses rows by, which kinds
+        it is there).
+
+        schema: the contract. named: kinds of data that a column's name tells. source: where it was opened, its columns
+        as it was opened, and what it calls each. A cell of a step's new or changed columns is what the columns are that
+        its options name, or that it needs statistics of (all columns, where there are none). Two columns of one name,
+        also one after the other, are one.
+        """
+        found = {name: column.data_classes | named(name) for name, column in schema.columns.items()}
+        for name, theirs in (source or {}).items():
+            found[name] = found.get(name, frozenset()) | named(name) | named(theirs)
+        chosen: dict[str, Classes] = {}
+
+        def kinds(names: Iterable[str]) -> Classes:
+            return frozenset[str]().union(*(found.get(name) or named(name) for name in names))
+
+        def choose(step: Step) -> None:
+            names = step.chooses()
+            for name in texts(step.model_dump(mode="json")) if names is None else names:
+                chosen[name] = chosen.get(name, frozenset()) | kinds((name,))
+
+        for step in self.clean:
+            choose(step)
+            moved = {into: kinds((into, *names)) for into, names in step.moves(list(found)).items()}
+            found.update({into: classes | named(into) for into, classes in moved.items()})
         for step in self.steps:
-            after = step.after(schema)
-            named = set(texts(step.model_dump(mode="json"))) & schema.columns.keys()
-            classes = frozenset[str]().union(*(found.get(name, frozenset()) for name in named or schema.columns))
+            choose(step)
+            after, needed = step.after(schema), {name for need in step.needs() for name in need.columns}
+            used = {*texts(step.model_dump(mode="json")), *needed} & schema.columns.keys() or set(schema.columns)
+            untouched = used - {*texts(step.model_dump(mode="json", exclude={"on", "by"})), *needed}
+            touched = set[str]() if step.adds else used - untouched
+            classes = kinds(used)
             for name, column in after.columns.items():
-                if schema.columns.get(name) != column:
-                    found[name] = found.get(name, frozenset()) | classes | column.data_classes
+                if name in touched or (name not in untouched and schema.columns.get(name) != column):
+                    found[name] = found.get(name, frozenset()) | classes | column.data_classes | named(name)
             schema = after
-        return found
+        return found, chosen
 
     def cleaned(self, frame: Frame) -> Frame:
         """A frame as it was read, after the cleaning steps."""

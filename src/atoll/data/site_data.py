@@ -15,7 +15,7 @@ from atoll.contract.plan import Plan
 from atoll.contract.wire import canonical_json
 from atoll.data.check import checked
 from atoll.data.engine import Engine
-from atoll.data.frame import HELD, Frame
+from atoll.data.frame import HELD, ROW, Frame
 from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, known_columns, open_source
 from atoll.data.table import Table, hold_out, hold_out_each, hold_out_latest
@@ -28,7 +28,11 @@ class SiteData:
     strata are the classes of the program's target, where that is a code list.
     """
 
-    def __init__(self, base: Frame | Table, plan: Plan, prepared: Prepared, site: str) -> None:
+    def __init__(
+        self, base: Frame | Table, plan: Plan, prepared: Prepared, site: str, source: Mapping[str, str] | None = None
+    ) -> None:
+        self.source = source
+        """The columns that were there before cleaning, and what the source calls each; None where none was opened."""
         self._base, self._prepared, self._noised = base, prepared, plan.privacy is not None
         self._views: dict[bytes, tuple[Table, Table]] = {}
         self._withheld: Mapping[str, str] = {}
@@ -47,10 +51,12 @@ class SiteData:
         """From the site's own source. Raises SchemaError listing every way in which the table breaks the
         contract; messages name columns and count cells, and never show a cell."""
         prepared = Prepared(plan.recipe)
-        frame = prepared.cleaned(open_source(spec, plan.table, base, Engine(scratch), prepared.reads()))
+        opened = open_source(spec, plan.table, base, Engine(scratch), prepared.reads())
+        source = {name: spec.columns.get(name, name) for name in opened.table.columns if name != ROW}
+        frame = prepared.cleaned(opened)
         frame = prepared.prepare(checked(known_columns(frame, spec)), {}).keep()
         frame.engine.forget_all_but(frame.table)
-        return SiteData(frame, plan, prepared, site)
+        return SiteData(frame, plan, prepared, site, source)
 
     @staticmethod
     def of(table: Table, plan: Plan, site: str) -> SiteData:

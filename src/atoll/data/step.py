@@ -10,7 +10,7 @@ uses it. ``fit`` and ``after`` run at both ends and see no rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -46,6 +46,8 @@ class Step(BaseModel):
 
     step: str
     cleans: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
+    """Does it leave every cell as it is, and only make new columns?"""
 
     @property
     def by_row(self) -> bool:
@@ -68,6 +70,14 @@ class Step(BaseModel):
     def drops(self) -> tuple[str, ...]:
         """The reasons for which rows may be left out; each is counted in the report."""
         return ()
+
+    def chooses(self) -> tuple[str, ...] | None:
+        """Columns by whose cells rows are left out or merged; None: all that its options name."""
+        return None if self.drops() else ()
+
+    def moves(self, there: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+        """Of a cleaning step: columns that get cells of others, and of which. there: all columns known of."""
+        return {}
 
     def after(self, schema: TableSchema) -> TableSchema:
         """The table's schema after this step; raises PlanError if a column is not there."""

@@ -129,10 +129,10 @@ class Table:
         return self.rows(~held), self.rows(held)
 
 
-def not_readable(name: str, kind: str) -> PolicyError:
+def not_readable(name: str, kind: str, why: str = "no program may read it here") -> PolicyError:
     """The one error for a column that the site's policy keeps from programs."""
     return PolicyError(
-        "policy.column-withheld", f"column {name!r} is {kind}, and no program may read it here", field=name,
+        "policy.column-withheld", f"column {name!r} is {kind}, and {why}", field=name,
         remedy="leave the column out; the site's operator decides: policy.yaml, 'withhold'",
     )  # fmt: skip
 

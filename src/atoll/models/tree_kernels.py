@@ -20,7 +20,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-MISSING = np.uint8(0)
 FURTHEST = np.finfo(np.float32).max
 """Values beyond it, either way, count as it: float32 has no infinities here."""
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])

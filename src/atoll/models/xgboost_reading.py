@@ -289,6 +289,8 @@ def _features(
 ) -> tuple[list[str], dict[int, Codes]]:
     """Names of the features, and what the codes of those of categories are here."""
     names = learner.get("feature_names") or []
+    if not isinstance(names, list):
+        raise malformed("feature_names")
     kinds = learner.get("feature_types") or ["float"] * len(names)
     if not names:
         raise unsupported(

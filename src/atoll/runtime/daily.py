@@ -223,7 +223,8 @@ def for_day(plan: Plan, day: str | None) -> Plan:
         )  # fmt: skip
     if day is not None:
         try:
-            dt.date.fromisoformat(day)
+            if day != dt.date.fromisoformat(day).isoformat():  # a day has one name in the history
+                raise ValueError(day)
         except ValueError:
             raise PlanError("daily.bad-day", "that is no day", field="day", remedy="--day 2020-02-01") from None
         plan = plan.model_copy(update={"params": {**plan.params, "day": day}})

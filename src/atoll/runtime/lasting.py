@@ -195,7 +195,7 @@ class _Parties(Processes):
 @contextlib.contextmanager
 def _whole(folder: Path) -> Iterator[Path]:
     """A new folder that is there only once it is whole."""
-    made = folder.with_name(f"{folder.name}.new")
+    made = folder.with_name(f".{folder.name}.new")  # no site can have such a name
     shutil.rmtree(made, ignore_errors=True)
     yield made
     made.rename(folder)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from atoll.contract.errors import DisclosureError
+from atoll.contract.errors import DisclosureError, ProtocolError
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.data.sketch import Sketch
 
@@ -44,6 +44,17 @@ def question_digest(meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> st
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def period_of(name: str, sent: Mapping[str, Array]) -> str:
+    """The closed period that a question is about, by the sent array *name*: as a number, in whatever dtype it came; ""
+    for a handler that names no period (*name* is empty). Raises ProtocolError where what was sent names none."""
+    if not name:
+        return ""
+    told = sent.get(name)
+    if told is None or told.shape or told.dtype.kind not in "fiu" or not np.isfinite(told):
+        raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
+    return (told.astype(np.float64) + 0.0).tobytes().hex()
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class Opened:
         if self._data is None:
             data = self._read(self.plan)
             check_entities(self.plan, data.parts({}))
-            data.withhold(self._policy.withheld(self.plan))
+            data.withhold(self._policy.check_withheld(self.plan, data.source))
             self._data = data
         return self._data.parts(view)
 

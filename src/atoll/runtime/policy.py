@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -116,9 +117,10 @@ class Policy(BaseModel):
             problems.append(_refused("policy.min-sites", "the cohort has too few sites", "min_sites"))
         if plan.run.min_group_size < self.min_group_size:
             problems.append(_refused("policy.min-group-size", "the plan would report smaller groups", "min_group_size"))
-        problems += [
-            not_readable(name, kind) for name, kind in self.withheld(plan).items() if name in set(texts(plan.params))
-        ]
+        try:
+            self.check_withheld(plan)
+        except PolicyError as error:
+            problems.append(error)
         try:
             if version is not None:
                 self.check_program(plan.program, version)
@@ -126,20 +128,41 @@ class Policy(BaseModel):
             problems.append(error)
         refuse_all(PolicyError, "policy.refused", problems)
 
-    def withheld(self, plan: Plan) -> dict[str, str]:
+    def withheld(self, plan: Plan, source: Mapping[str, str] | None = None) -> dict[str, str]:
         """Columns of *plan*'s table, from first to last step of its recipe, that no program may read, and which kind of
-        data each is."""
+        data each is; *source*: as :meth:`check_withheld` says."""
+        return self._withheld(plan, source)[0]
+
+    def check_withheld(self, plan: Plan, source: Mapping[str, str] | None = None) -> dict[str, str]:
+        """:meth:`withheld`. Raises PolicyError where the plan's parameters name one of them, or rows are chosen, merged
+        or held out by one.
+
+        source: where it was opened, its columns, and what it calls each. Only then is all known that cleaning
+        renames: call this again before anything leaves the site.
+        """
+        kept, chosen = self._withheld(plan, source)
+        asked = set(texts(plan.params))
+        problems: list[AtollError] = [not_readable(name, kind) for name, kind in kept.items() if name in asked]
+        if plan.run.holdout_by in kept:
+            chosen[plan.run.holdout_by] = kept[plan.run.holdout_by]
+        problems += [not_readable(name, kind, "rows would be chosen by it") for name, kind in chosen.items()]
+        refuse_all(PolicyError, "policy.refused", problems)
+        return kept
+
+    def _withheld(self, plan: Plan, source: Mapping[str, str] | None) -> tuple[dict[str, str], dict[str, str]]:
+        """(all withheld columns, those that steps choose rows by), and which kind of data each is."""
         if not (self.withhold or self.withhold_columns):
-            return {}
-        columns = {
-            name: column.model_copy(update={"data_class": "+".join(sorted({*column.data_classes, KEPT}))})
-            if self._allows(self.withhold_columns, name) else column
-            for name, column in plan.table.columns.items()
-        }  # fmt: skip
-        classes = Prepared(plan.recipe).data_classes(plan.table.model_copy(update={"columns": columns}))
-        kept = {name: kinds & {*self.withhold, KEPT} for name, kinds in classes.items()}
-        kept |= {name: kinds | {KEPT} for name, kinds in kept.items() if self._allows(self.withhold_columns, name)}
-        return {name: _kinds(kinds) for name, kinds in kept.items() if kinds}
+            return {}, {}
+
+        def named(name: str) -> frozenset[str]:
+            return frozenset({KEPT} if self._allows(self.withhold_columns, name) else ())
+
+        found = Prepared(plan.recipe).data_classes(plan.table, named, source)
+        kept, chosen = (
+            {name: _kinds(told) for name, kinds in classes.items() if (told := kinds & {*self.withhold, KEPT})}
+            for classes in found
+        )
+        return kept, chosen
 
     def check_audit(self, program: str, result: str) -> None:
         """Raise PolicyError unless the audit of a plan of *program*, as the journal keeps its *result*, is good enough

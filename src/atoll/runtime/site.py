@@ -33,7 +33,7 @@ from atoll.runtime.approval import Progress, await_approval
 from atoll.runtime.egress import EgressGate, Request, too_large
 from atoll.runtime.job import Done, Job
 from atoll.runtime.journal import ENDS, PERSONAL, Journal, Receipt, not_running
-from atoll.runtime.memory import question_digest
+from atoll.runtime.memory import period_of, question_digest
 from atoll.runtime.opened import Opened
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
@@ -238,8 +238,7 @@ class Site:
         job.party.personal = view.personalised()
         if asked.fields and not asked.handler.impersonal:
             rows = np.stack([part.sketch for part in tables])
-            named = job.sent.get(asked.handler.period)  # as a number: in whatever dtype it came, it is the same period
-            period = "" if named is None else (named.astype(np.float64) + 0.0).tobytes().hex()
+            period = period_of(asked.handler.period, job.sent)
             job.party.query = opened.remembered(job.message, rows, job.protection, period, closed=bool(period))
         schema = view.table.schema
         cost = opened.cost(task, job.program, asked.name, schema, asked.fields, job.sent, job.question)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # numba takes long to load
 
 @dataclass(frozen=True)
 class Alone:
-    """Trees that one party grows. trees: of each output. smallest: no leaf's quantile is among so many people's least
-    or greatest, less one (see the objective)."""
+    """Trees that one party grows. trees: of each output. smallest: neither the base margin nor a leaf tells of
+    fewer rows (see the objective)."""
 
     objective: Objective
     bins: Bins
@@ -41,7 +41,7 @@ class Alone:
     ) -> tuple[Floats, Floats]:
         """(base margins [K], words [trees · K, num_nodes, 5]). progress(done, total): called before every step."""
         objective = self.objective
-        base = objective.base(objective.begin_sums(labels))
+        base = objective.base(objective.begin_sums(labels), self.smallest)
         margin = np.tile(base, (len(codes), 1))
         words = []
         for step in range(self.trees):

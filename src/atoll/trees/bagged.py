@@ -34,13 +34,12 @@ from atoll.contract.rounds import Gather, Gathered, Reply, Round, Steps, Task, c
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import feature_bounds
-from atoll.models.model import Goal, make
 from atoll.models.trees import FEATURE, FURTHEST, LEAF, THRESHOLD, Trees
 from atoll.statistics.quantiles import Quantiles
 from atoll.trees import objective as losses
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, sizes_of, tidy
-from atoll.trees.features import Columns, edges_of, feature_columns
+from atoll.trees.features import Columns, edges_of, feature_columns, unfitted
 from atoll.trees.objective import Objective
 
 SMALLEST = 2.0**-149
@@ -73,11 +72,7 @@ class BaggedParams(ProgramParams):
 
     def loss(self, schema: TableSchema) -> Objective:
         """The objective, by default what suits the target; raises PlanError."""
-        asked = self.objective
-        if asked == "auto":
-            kinds = {"binary": "logistic", "classes": "softmax"}
-            asked = kinds.get(Goal.of(schema, (self.target,)).task, "squared")
-        return losses.make(asked, self.target, schema)
+        return losses.make(self.objective, self.target, schema)
 
 
 @program(
@@ -99,13 +94,7 @@ class Bagged:
         return self._unfitted(schema)
 
     def _unfitted(self, schema: TableSchema) -> Trees:
-        p, (features, categorical) = self.params, self.params.columns(schema)
-        spec: dict[str, Json] = {
-            "kind": "trees", "target": p.target, "features": list(features), "categorical": list(categorical),
-            "link": p.loss(schema).link, "num_trees": p.trees, "max_depth": p.max_depth,
-        }  # fmt: skip
-        made: Trees = make(spec, schema)  # type: ignore[assignment]
-        return made
+        return unfitted(self.params, schema, self.params.loss(schema).link)
 
     # ---------------------------------------------------------------- at the coordinator
 

@@ -15,14 +15,18 @@ every round sites are sent what the trees became since the last (see ``replica.p
 
 What each party learns. The coordinator learns, of the cohort's total: the edges, histograms of the nodes asked and
 loss sums; also those of few rows, since a node's size is known only to their sum. Leaves hold at least ``min_rows``
-rows and the plan's smallest group, so the *model* tells of no smaller group; the sums behind it do. Sites learn the
-edges and the model. Single cells tell of single people where replies are seen alone, so under ``plain`` a site answers
-only if its policy's smallest group is 1.
+rows and the plan's smallest group, so the *model* tells of no smaller group (leaves of drawn trees that hold fewer
+count as empty, with another leaf where they would still follow from the rest); nor do the losses that are reported. The
+sums behind it do. Sites learn the edges and the model. Single cells tell of single people where replies are seen alone,
+so under ``plain`` a site answers only if its policy's smallest group is 1.
 Threat model: as the plan's protection. What a coordinator sends is checked: edges stand for the whole run, splits are
 at edges, levels come in order, and what a site was once told of the trees does not change, so that no level of a tree
-is asked twice with other splits above it (a round that is begun anew replaces what was told in it). A coordinator that
-does not keep the protocol may still choose bad splits and bad edges: every tree then tells it sums of up to D
-conditions of its choice, of as few rows as it likes, as many as the plan has trees. Differential privacy bounds that.
+is asked twice with other splits above it. A round that is begun anew replaces what was told in it, and so may only ask
+what it asked before: the site's journal charges a round for one question, and lets no answer to another out
+(``budget.question``). A coordinator that does not keep the protocol may still choose bad splits and bad edges: every
+tree then tells it sums of up to D conditions of its choice, of as few rows as it likes, as many as the plan has trees.
+The data set's quota of exact releases bounds how many rounds, of all runs together; differential privacy, what they
+tell.
 Dropout: a round is of the survivors. Where the sites of a sum are not those of its parent's, siblings are asked too. A
 site that was away is sent what it lacks, and takes part again. A restarted one rebuilds all from its journal.
 Cost: for a step, about half of the nodes of each level · cells · (12 to 24 bytes) a site, cells = features · bins; 40
@@ -53,11 +57,11 @@ from atoll.contract.rounds import Checkpoint, Reply, Steps, Task
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
-from atoll.models.model import Goal, make
 from atoll.models.trees import Trees
 from atoll.statistics.noise import only_summed
 from atoll.trees import objective as losses
 from atoll.trees.binning import even_edges, quantile_edges
+from atoll.trees.features import unfitted
 from atoll.trees.following import Following, Kept
 from atoll.trees.grown import Shape, leaf_places
 from atoll.trees.growth import Ints
@@ -111,11 +115,7 @@ class BoostedParams(ProgramParams):
 
     def loss(self, schema: TableSchema) -> Objective:
         """The objective; raises PlanError."""
-        asked = self.objective
-        if asked == "auto":
-            kinds = {"binary": "logistic", "classes": "softmax"}
-            asked = kinds.get(Goal.of(schema, (self.target,)).task, "squared")
-        return losses.make(asked, self.target, schema)
+        return losses.make(self.objective, self.target, schema)
 
 
 @program("trees.boosted", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"}, calls={"trees.edges"})
@@ -136,13 +136,7 @@ class Boosted:
         return self._unfitted(schema)
 
     def _unfitted(self, schema: TableSchema) -> Trees:
-        p, (features, categorical) = self.params, self.params.columns(schema)
-        spec: dict[str, Json] = {
-            "kind": "trees", "target": p.target, "features": list(features), "categorical": list(categorical),
-            "link": p.loss(schema).link, "num_trees": p.trees, "max_depth": p.max_depth,
-        }  # fmt: skip
-        made: Trees = make(spec, schema)  # type: ignore[assignment]
-        return made
+        return unfitted(self.params, schema, self.params.loss(schema).link)
 
     def shape(self, schema: TableSchema) -> Shape:
         """What the plan says of the trees."""
@@ -381,9 +375,9 @@ def _whole(arrays: Mapping[str, Array], name: str, dims: int) -> Ints | None:
 
 
 def asked_nodes(arrays: Mapping[str, Array]) -> Ints:
-    """(tree, node) pairs that are asked."""
+    """(tree, node) pairs that are asked, each once: what is asked twice would cost a site memory without end."""
     found = _whole(arrays, "nodes", 2)
-    if found is None or found.shape[1] != 2:
+    if found is None or found.shape[1] != 2 or len(np.unique(found, axis=0)) < len(found):
         raise ProtocolError("task.array", "a task's array is not what the handler takes", field="nodes")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort
 from atoll.contract.rounds import Steps
 from atoll.contract.schema import TableSchema
+from atoll.models.model import make
+from atoll.models.trees import Trees
 from atoll.trees.binning import check_given, even_edges, quantile_edges
 
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
@@ -47,3 +50,34 @@ def edges_of(
         found = dict((yield from quantile_edges(cohort, wanted, max_bins)))
     found |= {name: np.asarray(np.array(edges, np.float32) + np.float32(0)) for name, edges in given.items()}
     return tuple(found.get(name, np.empty(0, np.float32)) for name in features)
+
+
+class Grown(Protocol):
+    """The parameters of a program that makes trees."""
+
+    @property
+    def target(self) -> str: ...
+
+    @property
+    def trees(self) -> int: ...
+
+    @property
+    def max_depth(self) -> int: ...
+
+    def columns(self, schema: TableSchema) -> Columns:
+        """Of the model."""
+
+
+def unfitted(params: Grown, schema: TableSchema, link: str) -> Trees:
+    """The model before any fitting; raises PlanError."""
+    features, categorical = params.columns(schema)
+    made = make(
+        {
+            "kind": "trees", "target": params.target, "features": list(features), "categorical": list(categorical),
+            "link": link, "num_trees": params.trees, "max_depth": params.max_depth,
+        },
+        schema,
+    )  # fmt: skip
+    if not isinstance(made, Trees):
+        raise PlanError("trees.not-trees", "only a model of trees is grown", field="model")
+    return made

@@ -44,14 +44,14 @@ from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, pro
 from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, count, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
-from atoll.contract.wire import Array, Json
-from atoll.models.model import Goal, make
+from atoll.contract.wire import Array
+from atoll.models.model import Goal
 from atoll.models.trees import COVER, FEATURE, LEAF, THRESHOLD, Trees
 from atoll.statistics.noise import coarse, only_summed
 from atoll.trees.binning import Bins, sizes_of
 from atoll.trees.boosted import asked_nodes
 from atoll.trees.bootstrap import MOST_TIMES, Bootstrapped, Means, once, poisson_times
-from atoll.trees.features import edges_of, feature_columns
+from atoll.trees.features import edges_of, feature_columns, unfitted
 from atoll.trees.following import Kept
 from atoll.trees.grown import Grown, Shape
 from atoll.trees.growth import WORDS, Batch, Growing, drawn
@@ -114,14 +114,7 @@ class Forest:
 
     def model(self, schema: TableSchema) -> Trees:
         """The model it fits, before any fitting; what evaluation is then asked about."""
-        p, (features, categorical) = self.params, self.params.columns(schema)
-        link = LINKS[Goal.of(schema, (p.target,)).task]
-        spec: dict[str, Json] = {
-            "kind": "trees", "target": p.target, "features": list(features), "categorical": list(categorical),
-            "link": link, "num_trees": p.trees, "max_depth": p.max_depth,
-        }  # fmt: skip
-        made: Trees = make(spec, schema)  # type: ignore[assignment]
-        return made
+        return unfitted(self.params, schema, LINKS[Goal.of(schema, (self.params.target,)).task])
 
     def shape(self, schema: TableSchema) -> Shape:
         """What the plan says of the trees."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.schema import TableSchema
-from atoll.models.trees import LEAF, THRESHOLD
+from atoll.models.trees import COVER, FEATURE, LEAF, THRESHOLD
 from atoll.trees.binning import Bins, unsound
 from atoll.trees.growth import WORDS, Batch
 from atoll.trees.objective import Objective
@@ -123,8 +123,18 @@ class Grown:
         words = Batch(self.shape.trees * outputs, self.shape.max_depth, self.bins).words
         words[:, 0, 0] = LEAF
         for step, batch in enumerate(self.batches[:steps]):
-            words[step * outputs : (step + 1) * outputs] = batch.words
+            words[step * outputs : (step + 1) * outputs] = covered(batch.words)
         return np.concatenate([self.base, words.reshape(-1, nodes * WORDS).ravel()])
+
+
+def covered(words: Floats) -> Floats:
+    """Trees' words, [num_trees, num_nodes, 5], with covers where a split came without one (it was drawn): of what is
+    told below, since a difference would tell of leaves that are too small."""
+    found = words.copy()
+    for node in reversed(range(words.shape[1] // 2)):
+        drawn = (found[:, node, FEATURE] >= 0) & (found[:, node, COVER] == 0)
+        found[drawn, node, COVER] = found[drawn, 2 * node + 1, COVER] + found[drawn, 2 * node + 2, COVER]
+    return found
 
 
 def leaf_places(batch: Batch) -> tuple[NDArray[np.int32], int]:

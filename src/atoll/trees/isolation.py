@@ -23,7 +23,8 @@ histogram. Sites learn the ranges and the model. Of a leaf with fewer rows than 
 tells no more than that: it counts as empty. Counts tell of single people where they are seen alone, so under ``plain``
 a site answers only if its policy's smallest group is 1.
 Threat model: as the plan's protection. A coordinator that does not keep the protocol may choose ranges and seed of one
-forest a run, and so learn sums over boxes of rows. Dropout: the survivors' counts.
+forest a run, and so learn counts of boxes of rows, and then of one model's scores: a site refuses another, and a round
+that is begun anew in other words (``budget.question``). Dropout: the survivors' counts.
 Cost: 3 to 5 rounds; 8 · trees · 2^max_depth bytes a site.
 Noise: a row is in one leaf of each tree and in one cell of the scores; ranges are the schema's.
 
@@ -33,6 +34,7 @@ Streaming Data (IJCAI; half-space trees: structure drawn before data are seen).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -46,13 +48,12 @@ from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, pro
 from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
-from atoll.contract.wire import Array, Json
+from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
-from atoll.models.model import make
 from atoll.models.trees import COVER, FEATURE, FURTHEST, LEAF, THRESHOLD, UNUSED, Trees
 from atoll.statistics.noise import only_summed, smallest
 from atoll.statistics.quantiles import Quantiles
-from atoll.trees.features import Columns, feature_columns
+from atoll.trees.features import Columns, feature_columns, unfitted
 
 Floats = NDArray[np.float64]
 SCORES = 1000
@@ -100,13 +101,7 @@ class Isolation:
         return self._unfitted(schema)
 
     def _unfitted(self, schema: TableSchema) -> Trees:
-        p, (features, categorical) = self.params, self.params.columns(schema)
-        spec: dict[str, Json] = {
-            "kind": "trees", "target": p.target, "features": list(features), "categorical": list(categorical),
-            "link": "isolation", "num_trees": p.trees, "max_depth": p.max_depth,
-        }  # fmt: skip
-        made: Trees = make(spec, schema)  # type: ignore[assignment]
-        return made
+        return unfitted(self.params, schema, "isolation")
 
     # ---------------------------------------------------------------- at the coordinator
 
@@ -166,6 +161,7 @@ class Isolation:
         seed = task.arrays.get("seed")
         if seed is None or seed.dtype != np.int64 or seed.shape or int(seed) < 0:
             raise _malformed("seed")
+        _once(site, "drawn", seed, ranges)
         trees = model.with_weights(np.append(0.0, drawn(model, ranges, int(seed))))
         nodes, x, size = trees.nodes, trees.inputs(site.table), 2**p.max_depth
         found = np.zeros(p.trees * size, np.int64)
@@ -184,6 +180,7 @@ class Isolation:
         only_summed(site)
         model = self._unfitted(site.table.schema)
         weights = task.take("weights", model.weights.shape)
+        _once(site, "scored", weights)
         try:
             scores = model.with_weights(weights).predict(site.table)
         except PlanError:
@@ -316,6 +313,17 @@ def _exceeded(scores: Array, share: float, fewest: int) -> float | None:
     if above[0] < 1 or wanted < fewest:
         return None
     return float(np.flatnonzero(above >= wanted)[-1]) / SCORES
+
+
+def _once(site: SiteView, what: str, *arrays: Array) -> None:
+    """Raise ProtocolError where the site was asked of another forest in this run."""
+    parts = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)  # of known shapes
+    digest = np.frombuffer(hashlib.sha256(parts).digest(), np.uint8)
+    if not np.array_equal(site.state.setdefault(what, digest), digest):
+        raise ProtocolError(
+            "trees.other-forest", "a site counts in one isolation forest in a run", field="weights",
+            remedy="the coordinator does not keep the plan: do not go on with it",
+        )  # fmt: skip
 
 
 def _malformed(name: str) -> ProtocolError:

@@ -125,12 +125,14 @@ class Objective:
     ``of(settings, target, schema)``, which raises PlanError where the schema's columns do not suit it.
 
     target: the column that the model is of. gradient, hessian: how finely a row's are rounded, and their bounds.
-    constant: every Hessian is one unit, so that their sums are the counts. evaluated: what the model predicts can be
-    compared with the target.
+    constant: every Hessian is one unit, so that their sums are the counts. telling: rows with unlike labels have unlike
+    gradients somewhere, so that gradients which are all alike mean a constant label. evaluated: what the model predicts
+    can be compared with the target.
     """
 
     link: ClassVar[Link] = "identity"
     constant: ClassVar[bool] = False
+    telling: ClassVar[bool] = True
     evaluated: ClassVar[bool] = True
 
     target: str
@@ -170,8 +172,8 @@ class Objective:
         """At the site."""
         raise NotImplementedError
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
-        """Base margins, [K], finite whatever noise made of the sums."""
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
+        """Base margins, [K], finite whatever noise made of the sums. smallest: as of :meth:`renewed`."""
         raise NotImplementedError
 
     # -- loss
@@ -225,8 +227,8 @@ class Objective:
         return {}
 
     def renewed(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
-        """Leaves' values before the learning rate, [K, leaves], finite. smallest: that many people's least and greatest
-        values are not told of anybody."""
+        """Leaves' values before the learning rate, [K, leaves], finite. smallest: the fewest rows that are told of:
+        a leaf of fewer has the value 0, and none is among so many rows' least or greatest, less one."""
         raise NotImplementedError
 
 
@@ -242,7 +244,10 @@ def objective(cls: C) -> C:
 
 def make(asked: str | Mapping[str, Json], target: str, schema: TableSchema) -> Objective:
     """The objective that a plan asks for, by its kind or with settings. Raises PlanError when there is none of that
-    kind, a setting is wrong, or the target does not suit it."""
+    kind, a setting is wrong, or the target does not suit it. "auto": what suits the target."""
+    if asked == "auto":
+        kinds = {"binary": "logistic", "classes": "softmax"}
+        asked = kinds.get(Goal.of(schema, (target,)).task, "squared")
     spec = {"kind": asked} if isinstance(asked, str) else dict(asked)
     kind = str(spec.get("kind", ""))
     name = f"{__package__}.objectives.{kind}"

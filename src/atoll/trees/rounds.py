@@ -14,8 +14,8 @@ from atoll.contract.program import Cohort
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.rounds import Metrics, Round, Steps, Sum, Summed, count, real
 from atoll.contract.wire import Array
-from atoll.models.trees import LEAF, THRESHOLD
-from atoll.statistics.noise import coarse
+from atoll.models.trees import COVER, FEATURE, LEAF, THRESHOLD
+from atoll.statistics.noise import coarse, smallest
 from atoll.trees import objective as losses
 from atoll.trees.binning import FURTHEST, Bins, check_given, sizes_of
 from atoll.trees.grown import Grown, Shape, leaf_places
@@ -112,7 +112,7 @@ class Run:
         shape, schema = self.shape, self.shape.schema
         total = yield Round("begin", Sum(), losses.fields(shape.objective.begins, schema))
         bins = Bins(shape.features, edges, sizes_of(schema, shape.features, shape.categorical))
-        self.tell(np.concatenate([shape.objective.base(total), bins.told()]))
+        self.tell(np.concatenate([shape.objective.base(total, smallest(self.cohort)), bins.told()]))
 
     def step(self) -> Steps:
         """One step of boosting; returns whether it was time to end before it, or is now."""
@@ -136,22 +136,25 @@ class Run:
         if self.cohort.exact and len(self.watched.history) <= len(self.grown.batches):
             total = yield from self.ask("losses", self._losses())
             self._note(total)
-            done = len(self.grown.batches)
-            yield Metrics(done, {"loss": self.watched.history[-1]})
+            if not math.isnan(self.watched.history[-1]):
+                yield Metrics(len(self.grown.batches), {"loss": self.watched.history[-1]})
 
     def _losses(self) -> dict[str, Declared]:
         declared = losses.fields(self.shape.objective.losses, self.shape.schema)
         return {f"{what} {name}": field for what in ("train", "held") for name, field in declared.items()}
 
     def _note(self, total: Summed) -> bool:
-        """Watch the losses that came with a round; is it time to end?"""
+        """Watch the losses that came with a round, NaN of too few rows; is it time to end?"""
+        objective, fewest = self.shape.objective, smallest(self.cohort)
         found = [
-            self.shape.objective.loss({n: total[f"{what} {n}"] for n in self.shape.objective.losses})
+            objective.loss({n: total[f"{what} {n}"] for n in objective.losses})
+            if round(float(total[f"{what} rows"])) >= fewest
+            else math.nan
             for what in ("train", "held")
         ]
         if self.params.stop.asked and math.isnan(found[1]):
-            raise PlanError("plan.no-holdout", "there are no held-out rows whose loss could end the run",
-                            field="params.stop", remedy="set run.holdout, or leave stop out")  # fmt: skip
+            raise PlanError("plan.no-holdout", "there are no or too few held-out rows whose loss could end the run",
+                            field="params.stop", remedy="set run.holdout or raise it, or leave stop out")  # fmt: skip
         return self.watched.enough(*found)
 
     # -- a step with the best splits
@@ -213,7 +216,7 @@ class Run:
             "root" if root else "level", fields, nodes=growing.batch.open[places], **self._sent(columns)
         )
         sums = np.stack([total["g"], total["n"] if shape.objective.constant else total["h"], total["n"]], axis=-1)
-        if root and not self.grown.batches:
+        if root and not self.grown.batches and shape.objective.telling:
             self._check_label(sums)
         growing.told(places, widened(sums, bins, columns), total.sites)
         return total
@@ -297,7 +300,7 @@ class Run:
         return False
 
     def _leaves(self, batch: Batch, total: Summed) -> Floats:
-        """Words of all open nodes as leaves; small groups of rows get no value of their own."""
+        """Words of all open nodes as leaves; of small groups of rows they tell nothing."""
         from atoll.models import tree_splits
 
         g = np.asarray(total["g"], np.float64)
@@ -311,22 +314,36 @@ class Run:
         values = self.params.learning_rate * tree_splits.weights_of(
             sums, rules, np.tile([-furthest, furthest], (len(g), 1))
         )
-        if self.cohort.exact:
-            values = np.where(total["n"] >= rules.min_rows, values, 0.0)
         words[:, THRESHOLD] = np.clip(values, -FURTHEST, FURTHEST).astype(np.float32)
-        words[:, 4] = sums[:, 1] * rules.h_unit
+        words[:, COVER] = sums[:, 1] * rules.h_unit
+        if self.cohort.exact:
+            told = large(np.asarray(total["n"]).reshape(len(batch), -1), rules.min_rows).ravel()
+            words[~told, THRESHOLD] = words[~told, COVER] = 0
         return words
 
     def _renew(self, batch: Batch) -> Steps:
-        """The leaves' values anew."""
-        objective, leaves = self.shape.objective, leaf_places(batch)[1]
+        """The leaves' values anew, but of leaves that were told as empty."""
+        objective, (places, leaves) = self.shape.objective, leaf_places(batch)
         if not self.cohort.exact or self.params.splits == "random":
             leaves = 2**batch.max_depth
         fields = losses.fields(objective.renews(leaves), self.shape.schema)
         total = yield from self.ask("renew", fields, leaves=np.array(leaves))
-        smallest = self.cohort.min_group_size if self.cohort.exact else 1
-        values = self.params.learning_rate * objective.renewed(total, smallest)
+        values = self.params.learning_rate * objective.renewed(total, smallest(self.cohort))
+        if self.cohort.exact:
+            trees, nodes = np.nonzero((batch.words[:, :, FEATURE] == LEAF) & (batch.words[:, :, COVER] == 0))
+            values[trees, places[trees, nodes]] = batch.words[trees, nodes, THRESHOLD]
         self.tell(np.clip(values, -FURTHEST, FURTHEST).astype(np.float32).astype(np.float64))
+
+
+def large(rows: Ints, fewest: int) -> NDArray[np.bool_]:
+    """Which of the trees' leaves are told, by their rows, [num_trees, leaves]: those of at least *fewest*. Where all
+    others together have fewer, the smallest of the told ones joins them: else their sums would be the difference to
+    all rows', of which base margins and other trees tell."""
+    told = rows >= fewest
+    for tree, here in zip(told, rows, strict=True):
+        if 0 < here[~tree].sum() < fewest and tree.any():
+            tree[np.where(tree, here, here.max() + 1).argmin()] = False
+    return told
 
 
 def level_nodes(outputs: int, level: int) -> Ints:

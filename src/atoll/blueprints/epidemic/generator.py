@@ -96,13 +96,23 @@ SCHEMA: Mapping[str, Mapping[str, Any]] = {
     "severe": {"values": [0, 1], "role": "label", "missing": "forbid", "description": "severe course"},
 }
 """The data contract of the case tables (the further laboratory values come to it)."""
+CLASSES = {
+    **dict.fromkeys(("x0", "link_case"), "identifier"),
+    "city": "trajectory",
+    **dict.fromkeys(("x3", "x4"), "demographic"),
+    **dict.fromkeys(("x1", "x2", *(f"x{n}" for n in range(5, 14)), "confirmed", "severe", "delay_days"), "clinical"),
+}
+"""What kind of data each column is; a region's policy may keep kinds from every program: withhold: [identifier]."""
 
 
 def schema(extra: int = 0) -> dict[str, Any]:
     """The data contract, as schema.yaml has it."""
-    columns = {name: {"dtype": "integer", **column} for name, column in SCHEMA.items()}
+    columns: dict[str, dict[str, Any]] = {name: {"dtype": "integer", **column} for name, column in SCHEMA.items()}
     for n in range(extra):
         columns[f"x{15 + n}"] = {"dtype": "real", "range": [-10, 10], "description": "laboratory value, standardised"}
+    for name, column in columns.items():
+        if kind := CLASSES.get(name, "clinical" if name not in SCHEMA else ""):
+            column["data_class"] = kind
     return {"name": "epidemic-cases", "version": "1", "max_rows": 1_000_000, "columns": columns}
 
 

@@ -57,6 +57,9 @@ class Anonymise(Step):
     def drops(self) -> tuple[str, ...]:
         return (REASON,)
 
+    def chooses(self) -> tuple[str, ...]:
+        return (*self.columns, self.sensitive) if self.sensitive else self.columns
+
     @property
     def by_row(self) -> bool:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class Calendar(Step):
     is looked at (IANA name).
     """
 
+    adds: ClassVar[bool] = True
     column: str
     parts: tuple[Part, ...] = Field(min_length=1)
     cyclic: bool = False

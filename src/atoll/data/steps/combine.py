@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import ibis
@@ -27,6 +27,9 @@ class Combine(Step):
 
     def reads(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(_PART.findall(self.template)))
+
+    def moves(self, there: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+        return {self.into: self.reads()}
 
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         used = _PART.findall(self.template)

@@ -38,6 +38,9 @@ class Deduplicate(Step):
     def drops(self) -> tuple[str, ...]:
         return (SAME, REPLACED) if self.key else (SAME,)
 
+    def chooses(self) -> tuple[str, ...]:
+        return (*self.key, self.latest) if self.key else ()
+
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         columns = [name for name in frame.table.columns if name != ROW]
         first = frame.table.group_by(columns).aggregate(first=frame.table[ROW].min())

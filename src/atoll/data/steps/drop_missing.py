@@ -19,6 +19,9 @@ class DropMissing(Step):
     def drops(self) -> tuple[str, ...]:
         return tuple(f"without {name}" for name in self.columns)
 
+    def chooses(self) -> tuple[str, ...]:
+        return self.columns
+
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         for name, reason in zip(self.columns, self.drops(), strict=True):
             frame = frame.where(~missing(frame, name), reason)

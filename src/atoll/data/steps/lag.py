@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ class Lag(Step):
         hold, needed for sums, whose bounds derive from it; sums of more are missing.
     """
 
+    adds: ClassVar[bool] = True
     columns: Names = Field(min_length=1)
     on: str
     by: Names = ()

@@ -32,6 +32,9 @@ class RangeRule(Step):
     def drops(self) -> tuple[str, ...]:
         return tuple(f"{name} outside its range" for name in self.columns) if self.outside == "drop" else ()
 
+    def chooses(self) -> tuple[str, ...]:
+        return self.columns if self.outside == "drop" else ()
+
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         for name in self.columns:
             declared = frame.schema.columns.get(name)

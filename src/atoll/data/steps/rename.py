@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -45,6 +46,18 @@ class Rename(Step):
         if self.match == "loose":  # which names fold to one is known when they are seen
             return None
         return tuple(alias for aliases in self.columns.values() for alias in aliases)
+
+    def moves(self, there: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+        if self.match == "exact":
+            return self.columns
+        alike: dict[str, list[str]] = {}
+        for name in there:
+            alike.setdefault(self._key(name), []).append(name)
+        listed = {**dict.fromkeys(chain(*alike.values()), ()), **self.columns}
+        return {
+            name: (*aliases, *chain(*(alike.get(key, ()) for key in {self._key(one) for one in (name, *aliases)})))
+            for name, aliases in listed.items()
+        }
 
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:
         listed = {**(dict.fromkeys(frame.schema.columns, ()) if self.match == "loose" else {}), **self.columns}

@@ -54,6 +54,9 @@ class Resample(Step):
             raise ValueError("sums need most, the rows that a bin may hold")
         return self
 
+    def chooses(self) -> tuple[str, ...]:
+        return (self.on, *self.by)
+
     def drops(self) -> tuple[str, ...]:
         return (WITHOUT,)
 

@@ -111,7 +111,7 @@ class Cox(Objective):
         """See the port."""
         return {"events": int(labels[:, 1].sum())}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """0: only differences of margins count."""
         return np.zeros(1)
 

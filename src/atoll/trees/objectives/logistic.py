@@ -55,7 +55,7 @@ class Logistic(Objective):
         """See the port."""
         return {"rows": len(labels), "ones": int(labels.sum())}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """Log odds of the mean, that of half a row where there is none of a label."""
         rows = max(float(total["rows"]), 1.0)
         ones = min(max(float(total["ones"]), 0.5), rows - 0.5)

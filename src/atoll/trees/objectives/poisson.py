@@ -78,7 +78,7 @@ class Poisson(Objective):
         """See the port."""
         return {"rows": len(labels), "y": self.gradient.integers(labels).sum()}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """The logarithm of the mean, of half a count where there is none."""
         y = max(float(self.gradient.reals(total["y"])), 0.5)
         return np.array([math.log(min(y / max(float(total["rows"]), 1.0), self.top))])

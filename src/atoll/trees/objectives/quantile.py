@@ -8,8 +8,8 @@ The histograms' cells are signed and geometric: OCTAVES octaves below the width 
 each, and one around 0; residuals within a cell count as spread evenly. So a leaf's value is within a factor of 2^(1/8)
 of the exact one (or 2⁻¹⁶ of the range), and as every tree begins from what is left, those errors do not add up.
 
-Learned: by the coordinator, the cohort's histogram of residuals in every leaf. No leaf is given a value among the
-``smallest`` − 1 least or greatest of its rows.
+Learned: by the coordinator, the cohort's histogram of residuals in every leaf. Neither the base margin nor a leaf
+is given a value among the ``smallest`` − 1 least or greatest of its rows, and none of fewer than ``smallest`` rows.
 
 Sources: Koenker & Bassett 1978, Regression Quantiles; Friedman 2001, Greedy Function Approximation, §4.3 (leaves of
 absolute loss are medians of residuals).
@@ -52,6 +52,7 @@ class Quantile(Objective):
 
     Settings: ClassVar[type[QuantileSettings]] = QuantileSettings
     constant: ClassVar[bool] = True
+    telling: ClassVar[bool] = False
 
     alpha: float
     low: float
@@ -77,12 +78,12 @@ class Quantile(Objective):
         return np.searchsorted(EDGES[1:-1], residuals / (self.high - self.low))
 
     def _quantile(self, cells: Array, smallest: int) -> float:
-        """Of one histogram, [CELLS], evenly spread within its cells; 0 of an empty one."""
+        """Of one histogram, [CELLS], evenly spread within its cells; 0 of one of fewer rows than *smallest*."""
         reached = np.maximum.accumulate(np.cumsum(np.maximum(np.asarray(cells, np.float64), 0)))
         rows = float(reached[-1])
         edge = min(smallest - 1, rows / 2)
         rank = min(max(self.alpha * rows, edge), rows - edge)
-        if rows < 1:
+        if rows < max(smallest, 1):
             return 0.0
         return float(np.interp(rank, np.append(0.0, reached), EDGES)) * (self.high - self.low)
 
@@ -95,9 +96,9 @@ class Quantile(Objective):
         """See the port."""
         return {"above": np.bincount(self._cells(labels - self.low), minlength=CELLS)}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
-        """The target's α-quantile, as near as the cells tell."""
-        return np.array([min(max(self.low + self._quantile(total["above"], 1), self.low), self.high)])
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
+        """The target's α-quantile, as near as the cells tell; the bottom of its range where too few rows do."""
+        return np.array([min(max(self.low + self._quantile(total["above"], smallest), self.low), self.high)])
 
     def loss_of(self, margin: Floats, labels: Floats) -> Floats:
         """See the port."""

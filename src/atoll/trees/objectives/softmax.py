@@ -82,7 +82,7 @@ class Softmax(Objective):
         """See the port."""
         return {"of_class": np.bincount(labels.astype(np.int64), minlength=self.classes)}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """Logarithms of the classes' shares, that of half a row where there is none, about their mean."""
         logs = np.log(np.maximum(np.asarray(total["of_class"], np.float64), 0.5))
         return np.asarray(logs - logs.mean())

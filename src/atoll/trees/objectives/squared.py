@@ -58,7 +58,7 @@ class Squared(Objective):
         """See the port."""
         return {"rows": len(labels), "above": self.gradient.integers(labels - self.low).sum()}
 
-    def base(self, total: Mapping[str, Array]) -> Floats:
+    def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """The mean."""
         above = float(self.gradient.reals(total["above"])) / max(float(total["rows"]), 1.0)
         return np.array([min(max(self.low + above, self.low), self.high)])
