@@ -155,6 +155,7 @@ def test_two_runs_at_once(federation: Any) -> None:
 # ---------------------------------------------------------------- approval and policy
 
 
+@pytest.mark.slow
 def test_manual_approval(federation: Any, wait_until: Any) -> None:
     prints = {
         n: s["fingerprint"]
@@ -222,6 +223,7 @@ def test_withdrawing_from_a_running_study(federation: Any, wait_until: Any) -> N
     assert wait_until(lambda: ended(federation, "alpha", run), "the end at alpha")[0] == "failed"
 
 
+@pytest.mark.slow
 def test_policy_refusals_are_all_listed(federation: Any, wait_until: Any) -> None:
     strict = {"programs": ["statistics.*"], "purposes": ["teaching"], "protections": ["secagg"], "min_sites": 5}
     with federation.policy("beta", **strict):
@@ -244,6 +246,7 @@ def test_policy_refusals_are_all_listed(federation: Any, wait_until: Any) -> Non
 # ---------------------------------------------------------------- joining
 
 
+@pytest.mark.slow
 def test_tokens_are_good_once_and_not_for_ever(federation: Any, tmp_path: Path) -> None:
     def init(folder: str, token: str) -> str:
         done = federation.atoll("site", "init", "--home", tmp_path / folder, "--token", "-", stdin=token, code=1)

@@ -39,6 +39,7 @@ def table(table_of: Any, people: Any) -> Any:
     return table_of({name: [person[i] for person in people] for i, name in enumerate(COLUMNS)}, COLUMNS)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     PEOPLE, st.integers(2, 6), st.integers(1, 3), st.sampled_from(["mean", "midpoint"]),
