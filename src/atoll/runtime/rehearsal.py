@@ -54,7 +54,7 @@ class Rows(SiteData):
     """A site's training rows as they are, whatever the recipe would make of them; nothing is held out."""
 
     def __init__(self, table: Table) -> None:
-        self._rows = table
+        self._rows, self.source = table, None
 
     def base(self) -> Table:
         return self._rows
