@@ -324,6 +324,15 @@ class Federation:
         assert row["status"] == status, f"{row['status']}: {row['note']}\n{self.coordinator.text()[-3000:]}"
         return row
 
+    def revive(self) -> None:
+        """Start whoever has ended, and wait until all are connected."""
+        if not self.coordinator.running():
+            self.start_coordinator()
+        for name in SITES:
+            if not self.sites[name].running():
+                self.sites[name].start()
+        self.await_connected(*SITES)
+
     def cancel_all(self) -> None:
         """Cancel what is still going, so that a test's failure stays its own."""
         for row in self.store.runs():
@@ -396,12 +405,7 @@ def shared_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fede
 @pytest.fixture
 def federation(shared_federation: Federation) -> Federation:
     """The shared federation, alive whatever the test before left of it."""
-    if not shared_federation.coordinator.running():
-        shared_federation.start_coordinator()
-    for name in SITES:
-        if not shared_federation.sites[name].running():
-            shared_federation.sites[name].start()
-    shared_federation.await_connected(*SITES)
+    shared_federation.revive()
     shared_federation.cancel_all()
     return shared_federation
 

@@ -16,6 +16,7 @@ EXPECTED_ROUNDS = 300 + 2
 @pytest.fixture(scope="module")
 def uninterrupted(shared_federation: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What the same plan gives when nothing happens."""
+    shared_federation.revive()  # it is made before a test's own federation is
     run = shared_federation.submit()
     shared_federation.await_status(run, "finished")
     return shared_federation.store.result(run)
