@@ -32,6 +32,7 @@ PLANS: list[tuple[str, str, dict[str, Any]]] = [
 def trusted(shared_federation: Any) -> Iterator[Any]:
     """The federation, whose sites answer rounds of trees."""
     allowed = {"programs": ["statistics.*", "trees.*"], "protections": ["plain", "secagg"]}
+    shared_federation.revive()
     with contextlib.ExitStack() as held:
         for site in shared_federation.sites:
             held.enter_context(shared_federation.policy(site, **allowed))
