@@ -29,50 +29,28 @@ import numpy as np
 from pydantic import Field
 
 from atoll.contract.errors import PlanError, ProtocolError
-from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Gather, Gathered, Reply, Round, Steps, Task, count, real
 from atoll.contract.schema import TableSchema
-from atoll.contract.wire import Array, Json
+from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
 from atoll.models.trees import FEATURE, FURTHEST, LEAF, THRESHOLD, Trees
 from atoll.statistics.quantiles import Quantiles
-from atoll.trees import objective as losses
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, sizes_of, tidy
-from atoll.trees.features import Columns, edges_of, feature_columns, unfitted
-from atoll.trees.objective import Objective
+from atoll.trees.features import BoostingParams, edges_of, unfitted
 
 SMALLEST = 2.0**-149
 """The least float32: no value is told any finer."""
 
 
-class BaggedParams(ProgramParams):
+class BaggedParams(BoostingParams):
     """As of ``trees.boosted``, but *trees*: of all sites together, of each output. binning: where edges come from, if
     not from *edges*. weighting: by sites' rows, or evenly."""
 
-    target: str
-    objective: str | dict[str, Json] = "auto"
-    features: tuple[str, ...] = ()
-    categorical: tuple[str, ...] = ()
-    trees: int = Field(default=100, ge=1, le=2000)
-    max_depth: int = Field(default=6, ge=1, le=12)
-    learning_rate: float = Field(default=0.3, gt=0, le=1)
-    l2: float = Field(default=1.0, ge=0)
-    min_split_gain: float = Field(default=0.0, ge=0)
-    min_child_weight: float = Field(default=1.0, ge=0)
-    min_rows: int = Field(default=1, ge=1)
     max_bins: int = Field(default=64, ge=2, le=254)
-    edges: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
     binning: Literal["quantiles", "even"] = "quantiles"
     weighting: Literal["rows", "sites"] = "rows"
-
-    def columns(self, schema: TableSchema) -> Columns:
-        """(features, those that are categorical) as the model has them."""
-        return feature_columns(schema, self.target, self.features, self.categorical)
-
-    def loss(self, schema: TableSchema) -> Objective:
-        """The objective, by default what suits the target; raises PlanError."""
-        return losses.make(self.objective, self.target, schema)
 
 
 @program(

@@ -52,20 +52,18 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from atoll.contract.errors import ProtocolError
-from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Checkpoint, Reply, Steps, Task
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
-from atoll.contract.wire import Array, Json
+from atoll.contract.wire import Array
 from atoll.models.trees import Trees
 from atoll.statistics.noise import only_summed
 from atoll.trees import objective as losses
-from atoll.trees.binning import even_edges, quantile_edges
-from atoll.trees.features import unfitted
+from atoll.trees.features import BoostingParams, edges_of, unfitted
 from atoll.trees.following import Following, Kept
 from atoll.trees.grown import Shape, leaf_places
 from atoll.trees.growth import Ints
-from atoll.trees.objective import Objective
 from atoll.trees.patience import Patience
 from atoll.trees.replica import received
 from atoll.trees.rounds import Run, level_nodes
@@ -73,7 +71,7 @@ from atoll.trees.rounds import Run, level_nodes
 Floats = NDArray[np.float64]
 
 
-class BoostedParams(ProgramParams):
+class BoostedParams(BoostingParams):
     """objective: a kind, or a kind with settings; by default what suits the target. features: by default all other
     numeric features, and those with code lists. trees: steps of boosting (each grows one for every output). l2, gamma
     (min_split_gain), min_child_weight: as in XGBoost. min_rows: fewest rows of a leaf. max_bins: of a feature, beside
@@ -81,20 +79,8 @@ class BoostedParams(ProgramParams):
     site) and features for each step. monotone: +1 where predictions must not fall as the feature rises, −1. stop: end
     early. splits: "best", or drawn at "random". max_cells: most cells in one message."""
 
-    target: str
-    objective: str | dict[str, Json] = "auto"
-    features: tuple[str, ...] = ()
-    categorical: tuple[str, ...] = ()
-    trees: int = Field(default=100, ge=1, le=2000)
-    max_depth: int = Field(default=6, ge=1, le=12)
-    learning_rate: float = Field(default=0.3, gt=0, le=1)
-    l2: float = Field(default=1.0, ge=0)
-    min_split_gain: float = Field(default=0.0, ge=0)
-    min_child_weight: float = Field(default=1.0, ge=0)
-    min_rows: int = Field(default=1, ge=1)
     max_bins: int = Field(default=254, ge=2, le=254)
     binning: Literal["quantiles", "even"] | None = None
-    edges: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     subsample: float = Field(default=1.0, gt=0, le=1)
     colsample: float = Field(default=1.0, gt=0, le=1)
     monotone: dict[str, Literal[-1, 1]] = Field(default_factory=dict)
@@ -102,20 +88,6 @@ class BoostedParams(ProgramParams):
     splits: Literal["best", "random"] = "best"
     max_cells: int = Field(default=1 << 20, ge=1)
     checkpoint_every: int = Field(default=10, ge=1)
-
-    def columns(self, schema: TableSchema) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """(features, those that are categorical) as the model has them."""
-        named = self.features or tuple(
-            name
-            for name, column in schema.columns.items()
-            if column.role == "feature" and name != self.target and (column.numeric or column.values)
-        )
-        texts = {name for name in named if name in schema.columns and not schema.columns[name].numeric}
-        return named, tuple(name for name in named if name in texts or name in self.categorical)
-
-    def loss(self, schema: TableSchema) -> Objective:
-        """The objective; raises PlanError."""
-        return losses.make(self.objective, self.target, schema)
 
 
 @program("trees.boosted", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"}, calls={"trees.edges"})
@@ -154,7 +126,8 @@ class Boosted:
         run = Run(self.params, self.shape(cohort.schema), cohort)
         run.check()
         if start is None:
-            edges = yield from self._edges(cohort)
+            p, way = self.params, self.params.binning or ("quantiles" if cohort.exact else "even")
+            edges = yield from edges_of(cohort, p.columns(cohort.schema), p.edges, p.max_bins, even=way == "even")
             yield from run.begin(edges)
         else:
             run.restore(start)
@@ -174,19 +147,6 @@ class Boosted:
             "history": watched.history,
             "held_out": watched.held_out,
         }
-
-    def _edges(self, cohort: Cohort) -> Steps:
-        """Edges of every feature, in order."""
-        p, shape = self.params, self.shape(cohort.schema)
-        way = p.binning or ("quantiles" if cohort.exact else "even")
-        numeric = [n for n in shape.features if n not in shape.categorical]
-        found = {n: np.asarray(np.array(e, np.float32) + np.float32(0)) for n, e in p.edges.items()}
-        wanted = [name for name in numeric if name not in found]
-        if way == "quantiles":
-            found |= yield from quantile_edges(cohort, wanted, p.max_bins)
-        else:
-            found |= {name: even_edges(cohort.schema, name, p.max_bins) for name in wanted}
-        return tuple(found.get(name, np.empty(0, np.float32)) for name in shape.features)
 
     # ---------------------------------------------------------------- what one row changes
 

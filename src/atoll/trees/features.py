@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
+from pydantic import Field
 
 from atoll.contract.errors import PlanError
-from atoll.contract.program import Cohort
+from atoll.contract.program import Cohort, ProgramParams
 from atoll.contract.rounds import Steps
 from atoll.contract.schema import TableSchema
+from atoll.contract.wire import Json
 from atoll.models.model import make
 from atoll.models.trees import Trees
+from atoll.trees import objective as losses
 from atoll.trees.binning import check_given, even_edges, quantile_edges
+from atoll.trees.objective import Objective
 
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
 """(features, those of them that are categorical)."""
@@ -50,6 +54,31 @@ def edges_of(
         found = dict((yield from quantile_edges(cohort, wanted, max_bins)))
     found |= {name: np.asarray(np.array(edges, np.float32) + np.float32(0)) for name, edges in given.items()}
     return tuple(found.get(name, np.empty(0, np.float32)) for name in features)
+
+
+class BoostingParams(ProgramParams):
+    """What boosting asks for wherever it grows. edges: of some features, given."""
+
+    target: str
+    objective: str | dict[str, Json] = "auto"
+    features: tuple[str, ...] = ()
+    categorical: tuple[str, ...] = ()
+    trees: int = Field(default=100, ge=1, le=2000)
+    max_depth: int = Field(default=6, ge=1, le=12)
+    learning_rate: float = Field(default=0.3, gt=0, le=1)
+    l2: float = Field(default=1.0, ge=0)
+    min_split_gain: float = Field(default=0.0, ge=0)
+    min_child_weight: float = Field(default=1.0, ge=0)
+    min_rows: int = Field(default=1, ge=1)
+    edges: Mapping[str, tuple[float, ...]] = Field(default_factory=dict)
+
+    def columns(self, schema: TableSchema) -> Columns:
+        """(features, those that are categorical) as the model has them."""
+        return feature_columns(schema, self.target, self.features, self.categorical)
+
+    def loss(self, schema: TableSchema) -> Objective:
+        """The objective, by default what suits the target; raises PlanError."""
+        return losses.make(self.objective, self.target, schema)
 
 
 class Grown(Protocol):

@@ -50,10 +50,9 @@ class Run:
         """Raise PlanError for what cannot be."""
         p, shape = self.params, self.shape
         check_given(p.edges, shape.features, shape.categorical)
-        for name, known in (("categorical", p.categorical), ("monotone", p.monotone)):
-            if unknown := sorted(set(known) - set(shape.features)):
-                raise PlanError("plan.bad-column", f"{unknown[0]!r} is not a feature of the trees", field=name,
-                                remedy="name it among the features, too")  # fmt: skip
+        if unknown := sorted(set(p.monotone) - set(shape.features)):
+            raise PlanError("plan.bad-column", f"{unknown[0]!r} is not a feature of the trees", field="monotone",
+                            remedy="name it among the features, too")  # fmt: skip
         if ordered := sorted(set(p.monotone) & set(shape.categorical)):
             raise PlanError("plan.bad-column", f"{ordered[0]!r} has no order to be monotone in", field="monotone",
                             remedy="leave it out, or do not split it by categories")  # fmt: skip
