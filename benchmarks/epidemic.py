@@ -10,12 +10,14 @@ four regions, the cases confirmed in the next 1, 3, 7 and 14 days. Two times:
 MAE is over origins and regions; its peer is persistence's. Beside it RMSE, the weighted interval score (WIS), how
 often the 95 % interval held the truth, and the mean difference in MAE to persistence with its 95 % interval by a block
 bootstrap over origins. All models' intervals are made alike, of their own errors so far. *Federated* trees are one
-model of all regions' rows, the same to the byte as pooled ones; *local* ones are a region's own. The series are as
-finally published, not as they stood on the day. Data: $ATOLL_DATA or ../shared/data.
+model of all regions' rows, the same to the byte as pooled ones; *local* ones are a region's own; *growth* trees tell
+how cases grow from the mean of three days. The series are as finally published, not as they stood on the day.
+Data: $ATOLL_DATA or ../shared/data.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import subprocess
@@ -30,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.blueprints.epidemic import alarms, backtest
-from benchmarks.epidemic_models import FORECASTERS, HORIZONS, Forecaster, federated_differs
+from benchmarks.epidemic_models import COUNTS, FORECASTERS, GROWTH, HORIZONS, Forecaster, federated_differs
 from benchmarks.epidemic_panel import DATA, SITES, Panel, cities, provinces
 from benchmarks.table import Row, main
 
@@ -116,15 +118,16 @@ def by_region(found: Mapping[str, Floats], span: Span, panel: Panel, origins: Se
     """Where learning together helps: MAE of the federated model in each region; peer: that of the region's own."""
     rows, begin = list[Row](), panel.at(span.first)
     kept = np.array([at >= begin for at in origins])
-    for days in (1, 7):
+    for days in HORIZONS:
         h = HORIZONS.index(days)
         truth = np.stack([panel.truth(at, days) for at in origins])
-        for k, site in enumerate(SITES):
-            together, alone = (np.abs(found[f"trees, {how}"][:, k, h] - truth[:, k])[kept]
+        for kind, (k, site) in itertools.product(("trees", "growth trees"), enumerate((*SITES, "all"))):
+            where = slice(None) if site == "all" else slice(k, k + 1)
+            together, alone = (np.abs(found[f"{kind}, {how}"][kept, where, h] - truth[kept, where]).mean(1)
                                for how in ("federated", "local"))  # fmt: skip
             gap = backtest.mean_difference(together, alone, block=span.block, seed=SEED)
-            note = f"peer: its own trees; {gap[0]:+.3g} ({gap[1]:+.3g} to {gap[2]:+.3g})"
-            rows.append(Row(f"{span.name}, {days} d, federated trees at {site}", float(together.mean()), "cases",
+            note = f"peer: its own {kind}; {gap[0]:+.3g} ({gap[1]:+.3g} to {gap[2]:+.3g})"
+            rows.append(Row(f"{span.name}, {days} d, federated {kind} at {site}", float(together.mean()), "cases",
                             float(alone.mean()), note=note))  # fmt: skip
     return rows
 
@@ -134,8 +137,9 @@ def same(quick: bool) -> list[Row]:
     panel, rows = cities(), list[Row]()
     for day in ("2020-02-01",) if quick else ("2020-01-30", "2020-02-06", "2020-02-13"):
         at, days = panel.at(day), 3
-        off = federated_differs(panel, at, days)
-        rows.append(Row(f"{day}, {days} d, weights that differ from pooled", off, "weights", limit=0.0))
+        for kind, learner in (("trees", COUNTS), ("growth trees", GROWTH)):
+            off = federated_differs(panel, at, days, learner)
+            rows.append(Row(f"{day}, {days} d, {kind}, weights that differ from pooled", off, "weights", limit=0.0))
     return rows
 
 
@@ -223,7 +227,7 @@ def daily() -> list[Row]:
                     "--plan", plan, "--out", filled)  # fmt: skip
             plan = filled
         took, worked = training[7]
-        rows = [Row("7-day trees at four regions", took, "s", note=f"atoll run: 60 trees of depth 3, masked; {worked}")]
+        rows = [Row("7-day trees at four regions", took, "s", note=f"atoll run: 40 trees of depth 2, masked; {worked}")]
         for transport in ("local", "grpc"):
             out = folder / transport
             took, worked = command("-m", "atoll", "daily", plan, *told, "--transport", transport, "--out", out,

@@ -54,25 +54,33 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
+def told_of(row: dict[str, Any]) -> tuple[float, float, float]:
+    """(MAE, RMSE, WIS) of one of the benchmark's rows."""
+    rmse, wis = (float(re.findall(rf"{name} ([^,]+)", row["note"])[0]) for name in ("RMSE", "WIS"))
+    return float(row["value"]), rmse, wis
+
+
 def backtest(found: dict[str, Any]) -> str:
-    """Of each time a table: models by horizons, MAE and (WIS); in bold the best MAE."""
+    """Of each time a table: models by horizons, MAE · RMSE · WIS; the least of each in bold."""
     rows = {row["name"]: row for row in found["rows"]}
     lines = list[str]()
     for span in ("2020", "2022"):
-        told = {name.split(", ", 2)[2]: None for name in rows if name.startswith(f"{span}, ") and " d, " in name}
-        models = [model for model in told if f"{span}, 14 d, {model}" in rows]
+        begin = f"{span}, 14 d, "
+        models = [name.removeprefix(begin) for name in rows if name.startswith(begin) and " at " not in name]
         horizons = [days for days in (1, 3, 7, 14) if f"{span}, {days} d, persistence" in rows]
         lines += [
             f"| {span} | {' | '.join(f'{days} d' for days in horizons)} |",
             "|---" + "|---:" * len(horizons) + "|",
         ]
-        best = {days: min(rows[f"{span}, {days} d, {model}"]["value"] for model in models) for days in horizons}
+        scores = {
+            (days, model): told_of(rows[f"{span}, {days} d, {model}"]) for days in horizons for model in models
+        }  # fmt: skip
+        best = {days: [min(scores[days, model][i] for model in models) for i in range(3)] for days in horizons}
         for model in models:
             cells = []
             for days in horizons:
-                row = rows[f"{span}, {days} d, {model}"]
-                mae, wis = number(row["value"]), number(float(re.findall(r"WIS ([^,]+)", row["note"])[0]))
-                cells.append((f"**{mae}**" if row["value"] == best[days] else mae) + f" ({wis})")
+                told = zip(scores[days, model], best[days], strict=True)
+                cells.append(" · ".join(f"**{number(x)}**" if x == least else number(x) for x, least in told))
             lines.append(f"| {model} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

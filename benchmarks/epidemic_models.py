@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,15 +22,18 @@ from atoll.models.trees import Trees, TreesSpec
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, tidy
 from atoll.trees.objective import make
-from benchmarks.epidemic_panel import FEATURES, RESIDENTS, SITES, Panel, moving
+from benchmarks.epidemic_panel import FEATURES, RATIOS, RESIDENTS, SITES, Panel, growth, moving
 from benchmarks.learning import driven
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 HORIZONS = (1, 3, 7, 14)
 HISTORY = 120
 """Days that ARIMA, ETS and SEIR are fitted to: the latest."""
-NUM_TREES, DEPTH, RATE, BINS, LEAST = 60, 3, 0.15, 32, 20
-"""As in ``examples/epidemic/forecast-7.yaml``."""
+LEAST = 20
+"""Fewest rows of a leaf."""
+PLUS, FEWEST = 2.0, 14
+"""Of growth: cases added to both parts of the ratio that is foretold; with targets of fewer days nothing is learned."""
 MOST = 200_000.0
 """Cases a day, of the schema."""
 Forecaster = Callable[[Panel, int], Floats]
@@ -44,6 +48,11 @@ def persistence(panel: Panel, at: int) -> Floats:
 def weekly(panel: Panel, at: int) -> Floats:
     """Every day will be as the mean of the last seven."""
     return np.outer(moving(panel.by_site[:, : at + 1], 7)[:, -1], HORIZONS)
+
+
+def recent(panel: Panel, at: int) -> Floats:
+    """Every day will be as the mean of the last three: growth's level, with no growth."""
+    return np.outer(moving(panel.by_site[:, : at + 1], 3)[:, -1], HORIZONS)
 
 
 def _bounded(daily: Floats, path: Floats) -> list[float]:
@@ -101,58 +110,82 @@ Fit = Callable[[Floats, Floats, Floats], Floats]
 """(features, target, features to tell of) → predictions."""
 
 
-def schema() -> TableSchema:
-    """Of the rows that trees learn from: the features, and the mean of the cases a day ahead."""
-    number = Column(dtype="real", range=(0, MOST))
-    columns = {**dict.fromkeys(FEATURES, number), "ahead": number.model_copy(update={"role": "label"})}
-    return TableSchema(name="epidemic", max_rows=200_000, columns=columns)
+@dataclass(frozen=True)
+class Learner:
+    """How trees learn: settings of ``trees.boosted``. ratios: the target is growth, else cases a day."""
+
+    features: tuple[str, ...]
+    objective: str
+    num_trees: int
+    depth: int
+    rate: float
+    bins: int
+    l2: float
+    ratios: bool
+
+    @property
+    def schema(self) -> TableSchema:
+        """Of the rows that trees learn from."""
+        most = float(growth(np.array(MOST), np.array(0.0), PLUS))
+        ends = (-most, most) if self.ratios else (0.0, MOST)
+        columns = {name: Column(dtype="real", range=(-MOST, MOST)) for name in self.features}
+        columns["ahead"] = Column(dtype="real", range=ends, role="label")
+        return TableSchema(name="epidemic", max_rows=200_000, columns=columns)
+
+    def edges(self, x: Floats) -> dict[str, NDArray[np.float32]]:
+        """Quantiles of each feature."""
+        cuts = np.arange(1, self.bins) / self.bins
+        return {name: tidy(np.quantile(x[:, i], cuts), 0.0) for i, name in enumerate(self.features)}
+
+    def grown(self, x: Floats, y: Floats) -> Trees:
+        """Boosted trees, by the growth that ``trees.boosted`` has at every site."""
+        from atoll.models import tree_kernels
+        from atoll.models.tree_splits import Rules
+
+        schema, found = self.schema, self.edges(x)
+        objective = make(self.objective, "ahead", schema)
+        bins = Bins(self.features, tuple(found.values()), np.zeros(len(self.features), np.int64))
+        codes = np.column_stack([tree_kernels.to_codes(np.ascontiguousarray(column), edges)
+                                 for column, edges in zip(x.T, bins.edges, strict=True)])  # fmt: skip
+        rules = Rules(
+            l2=self.l2, min_rows=LEAST, g_unit=objective.gradient.unit, h_unit=objective.hessian.unit
+        )  # fmt: skip
+        base, words = Alone(objective, bins, rules, self.num_trees, self.depth, self.rate).grow(codes, y)
+        spec = TreesSpec(
+            target="ahead", features=self.features, link=objective.link, num_trees=self.num_trees, max_depth=self.depth
+        )
+        return Trees.of(spec, schema).with_weights(np.concatenate([base, words.ravel()]))
+
+    def __call__(self, x: Floats, y: Floats, new: Floats) -> Floats:
+        """What :meth:`grown` trees tell of *new* rows."""
+        trees = self.grown(x, y)
+        return trees.linked(trees.margins(new.astype(np.float32)))
 
 
-def edges_of(x: Floats) -> dict[str, NDArray[np.float32]]:
-    """Quantiles of each feature."""
-    cuts = np.arange(1, BINS) / BINS
-    return {name: tidy(np.quantile(x[:, i], cuts), 0.0) for i, name in enumerate(FEATURES)}
+COUNTS = Learner(FEATURES, "poisson", 60, 3, 0.15, 32, 1.0, ratios=False)
+"""Cases from cases, as they are."""
+GROWTH = Learner(RATIOS, "squared", 40, 2, 0.1, 254, 30.0, ratios=True)
+"""As in ``examples/epidemic/forecast-7.yaml``. Chosen on other provinces: ``docs/epidemic.md``."""
 
 
-def grown(x: Floats, y: Floats) -> Trees:
-    """Boosted trees with Poisson loss, by the growth that ``trees.boosted`` has at every site."""
-    from atoll.models import tree_kernels
-    from atoll.models.tree_splits import Rules
-
-    told, found = schema(), edges_of(x)
-    objective = make("poisson", "ahead", told)
-    bins = Bins(FEATURES, tuple(found.values()), np.zeros(len(FEATURES), np.int64))
-    codes = np.column_stack([tree_kernels.to_codes(np.ascontiguousarray(column), edges)
-                             for column, edges in zip(x.T, bins.edges, strict=True)])  # fmt: skip
-    rules = Rules(min_rows=LEAST, g_unit=objective.gradient.unit, h_unit=objective.hessian.unit)
-    base, words = Alone(objective, bins, rules, NUM_TREES, DEPTH, RATE).grow(codes, y)
-    spec = TreesSpec(target="ahead", features=FEATURES, link=objective.link, num_trees=NUM_TREES, max_depth=DEPTH)
-    return Trees.of(spec, told).with_weights(np.concatenate([base, words.ravel()]))
-
-
-def boosted(x: Floats, y: Floats, new: Floats) -> Floats:
-    """What :func:`grown` trees tell of *new* rows."""
-    return np.asarray(np.exp(grown(x, y).margins(new.astype(np.float32))[:, 0]))
-
-
-def federated_differs(panel: Panel, at: int, days: int) -> int:
-    """How many weights of the program ``trees.boosted`` at four sites are not those of :func:`grown` on pooled rows."""
-    width, tables, parts = len(FEATURES), dict[str, Table](), []
+def federated_differs(panel: Panel, at: int, days: int, learner: Learner) -> int:
+    """How many weights of the program ``trees.boosted`` at four sites are not those of :meth:`Learner.grown` on pooled
+    rows."""
+    tables, parts = dict[str, Table](), []
     for k, site in enumerate(SITES):
-        group = np.flatnonzero(panel.site == k)
-        x = panel.features[group, : at - days + 1].reshape(-1, width)
-        y = panel.ahead(days)[group, : at - days + 1].ravel() / days
+        x, y = taught(panel, np.flatnonzero(panel.site == k), at, days, learner.ratios)
         parts.append((x, y))
-        columns = {name: np.ascontiguousarray(x[:, i]) for i, name in enumerate(FEATURES)}
-        tables[site] = Table(schema(), {**columns, "ahead": y})
+        columns = {name: np.ascontiguousarray(x[:, i]) for i, name in enumerate(learner.features)}
+        tables[site] = Table(learner.schema, {**columns, "ahead": y})
     x, y = (np.concatenate(part) for part in zip(*parts, strict=True))
-    edges = {name: [float(edge) for edge in found] for name, found in edges_of(x).items()}
+    edges = {name: [float(edge) for edge in found] for name, found in learner.edges(x).items()}
     params = {
-        "target": "ahead", "objective": "poisson", "features": FEATURES, "edges": edges, "trees": NUM_TREES,
-        "max_depth": DEPTH, "learning_rate": RATE, "min_rows": LEAST,
+        "target": "ahead", "objective": learner.objective, "features": learner.features, "edges": edges,
+        "trees": learner.num_trees, "max_depth": learner.depth, "learning_rate": learner.rate, "min_rows": LEAST,
+        "l2": learner.l2,
     }  # fmt: skip
     model, _ = driven("trees.boosted", params, tables)
-    return int((model.weights != grown(x, y).weights).sum())
+    return int((model.weights != learner.grown(x, y).weights).sum())
 
 
 def glm(x: Floats, y: Floats, new: Floats) -> Floats:
@@ -163,34 +196,47 @@ def glm(x: Floats, y: Floats, new: Floats) -> Floats:
         return np.asarray(np.minimum(model.predict(np.log1p(new)), 10 * max(y.max(), 1.0)))
 
 
-def learned(panel: Panel, at: int, fit: Fit, together: bool) -> Floats:
-    """A model for each horizon, of the rows whose target was over by day *at*: of all regions, or of each alone.
+def taught(panel: Panel, group: Ints, at: int, days: int, ratios: bool) -> tuple[Floats, Floats]:
+    """(features [rows, features], target [rows]) of a *group* of units, of the days whose target was over by day *at*:
+    the mean of the cases a day, or (*ratios*) its growth from the level."""
+    known = slice(0, at - days + 1)
+    x, y = (panel.ratios if ratios else panel.features)[group, known], panel.ahead(days)[group, known] / days
+    y = growth(y, panel.level[group, known], PLUS) if ratios else y
+    return x.reshape(-1, x.shape[-1]), y.ravel()
 
-    The target is the mean a day over the horizon. A horizon without such rows yet takes the longest that has some.
+
+def learned(panel: Panel, at: int, fit: Fit, together: bool, ratios: bool = False) -> Floats:
+    """A model for each horizon, of what is *taught*: of all regions, or of each alone.
+
+    A horizon without such rows yet takes the longest that has some; of growth, no change, until they are of two weeks.
     """
-    made = np.zeros((len(SITES), len(HORIZONS)))
+    made, fewest = np.zeros((len(SITES), len(HORIZONS))), FEWEST if ratios else 2
     for h, days in enumerate(HORIZONS):
-        usable = days if at - days >= 1 else max((d for d in HORIZONS if at - d >= 1), default=0)
+        known = [d for d in HORIZONS if at - d + 1 >= fewest]
+        usable = days if days in known else 0 if ratios else max(known, default=0)
         groups = [np.arange(len(panel.site))] if together else [np.flatnonzero(panel.site == k) for k in range(4)]
         for group in groups:
-            new = panel.features[group, at]
             told = np.zeros(len(group))
             if usable:
-                x = panel.features[group, : at - usable + 1].reshape(-1, new.shape[1])
-                y = panel.ahead(usable)[group, : at - usable + 1].ravel() / usable
-                told = fit(x, y, new) if y.any() else told
+                x, y = taught(panel, group, at, usable, ratios)
+                told = fit(x, y, (panel.ratios if ratios else panel.features)[group, at]) if y.any() else told
+            if ratios:
+                told = (panel.level[group, at] + PLUS) * np.exp(told) - PLUS
             np.add.at(made[:, h], panel.site[group], days * np.maximum(told, 0.0))
     return made
 
 
 FORECASTERS: Mapping[str, Forecaster] = {
     "persistence": persistence,
+    "mean of three days": recent,
     "weekly mean": weekly,
     "ARIMA": arima,
     "ETS": ets,
     "SEIR": mechanistic,
-    "trees, local": partial(learned, fit=boosted, together=False),
-    "trees, federated": partial(learned, fit=boosted, together=True),
+    "trees, local": partial(learned, fit=COUNTS, together=False),
+    "trees, federated": partial(learned, fit=COUNTS, together=True),
     "GLM, local": partial(learned, fit=glm, together=False),
     "GLM, federated": partial(learned, fit=glm, together=True),
+    "growth trees, local": partial(learned, fit=GROWTH, together=False, ratios=True),
+    "growth trees, federated": partial(learned, fit=GROWTH, together=True, ratios=True),
 }

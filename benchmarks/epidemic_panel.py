@@ -32,7 +32,17 @@ FEATURES = (
     "new", "new_lag1", "new_lag2", "new_lag3", "new_mean3", "new_mean7", "new_mean14", "hubei_mean3", "hubei_mean7",
     "hubei_lag7", "national_mean3", "national_mean7", "national_lag7",
 )  # fmt: skip
-"""As in ``examples/epidemic/forecast-7.yaml``."""
+"""New cases as they are."""
+RATIOS = (
+    "growth_day", "growth_day_before", "growth_week", "growth_fortnight", "growth_3", "growth_7", "new_mean7",
+    "growth_hubei_week", "growth_hubei_7", "growth_national_week", "growth_national_7",
+)  # fmt: skip
+"""Logarithms of ratios, and the size in which they are more or less certain, as in ``examples/epidemic``."""
+
+
+def growth(above: Floats, below: Floats, plus: float = 0.5) -> Floats:
+    """log((above + plus) / (below + plus))."""
+    return np.asarray(np.log((above + plus) / (below + plus)))
 
 
 def lagged(daily: Floats, days: int) -> Floats:
@@ -75,6 +85,25 @@ class Panel:
             for found in (moving(daily, 3), moving(daily, 7), lagged(daily, 7))
         ]
         return np.stack([*own, *public], -1)
+
+    @cached_property
+    def level(self) -> Floats:
+        """Cases a day lately, from which growth is reckoned, [units, T]."""
+        return moving(self.new, 3)
+
+    @cached_property
+    def ratios(self) -> Floats:
+        """As *features*, of RATIOS."""
+
+        def of(daily: Floats) -> list[Floats]:
+            week = moving(daily, 7)
+            return [growth(moving(daily, 3), week), growth(week, lagged(week, 7))]
+
+        new, three, week = self.new, moving(self.new, 3), moving(self.new, 7)
+        (own_week, own_7), public = of(new), [*of(self.hubei), *of(self.national)]
+        own = [growth(new, three), growth(lagged(new, 1), three), own_week, growth(week, moving(new, 14)),
+               growth(three, lagged(three, 3)), own_7, week]  # fmt: skip
+        return np.stack([*own, *(np.broadcast_to(found, new.shape) for found in public)], -1)
 
     @cache  # noqa: B019 – a panel lives as long as the run
     def ahead(self, days: int) -> Floats:

@@ -71,7 +71,7 @@ GRIDS: dict[str, tuple[dict[str, Any], ...]] = {
     "ditto": ({"pull": 0.1}, {"pull": 1.0}),
     "apfl": ({},),
     "perfedavg": ({"adapt_steps": 5, "adapt_rate": 0.1},),
-    "ifca": ({"clusters": 2},),
+    "ifca": ({"clusters": 2, "min_cluster": 1},),  # as in the paper: four hospitals are few
 }
 """What is tried of each algorithm, each with both RATES."""
 CHOSEN = ("chosen", "chosen, one model")

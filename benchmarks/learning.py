@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from atoll.contract.fields import as_arrays
 from atoll.contract.plan import Plan
 from atoll.contract.program import Cohort, Program, build, handler_of
-from atoll.contract.rounds import Checkpoint, Gather, Gathered, Reduced, Round, Summed, Task, TaskId, as_arrays
+from atoll.contract.rounds import Checkpoint, Gather, Gathered, Reduced, Round, Summed, Task, TaskId
 from atoll.contract.wire import Array, canonical_json
 from atoll.crypto.identity import Identity
 from atoll.data.site_data import SiteData
@@ -65,7 +66,7 @@ def learn(plan: Plan, tables: Mapping[str, Table], watch: Watch | None = None) -
             own, data = Identity.generate(name), SiteData.of(table, plan, name)
             store.invite(name, f"{number:064x}", 2**31 - 1)
             store.enrol(name, f"{number:064x}", own.public.hex(), "")
-            journal = Journal(Path(scratch) / f"{name}.db", name, own.public, own.sign, durable=False)
+            journal = Journal(Path(scratch) / f"{name}.db", name, own.public, own.sign, temporary=True)
             held.callback(journal.close)
             endpoints[name] = Site(own, journal, Policy.sandbox(), partial(_same, data), identity.public).handle
         run = store.create_run(plan, tuple(tables))

@@ -194,7 +194,7 @@ def federated(
             own = Identity.generate(f"site-{number:03}")
             store.invite(own.name, f"{number:064x}", 2**31 - 1)
             store.enrol(own.name, f"{number:064x}", own.public.hex(), "")
-            journals.append(Journal(folder / f"{number}.db", own.name, own.public, own.sign, durable=False))
+            journals.append(Journal(folder / f"{number}.db", own.name, own.public, own.sign, temporary=True))
             site = Site(own, journals[-1], Policy.sandbox(), _data, identity.public)
             endpoints[own.name] = wrap(own.name, site.handle)
         transport = LocalTransport(endpoints)

@@ -36,8 +36,9 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 
 from atoll.aggregation.rule import RULES, Aggregation
+from atoll.contract.fields import as_arrays
 from atoll.contract.program import Cohort, Program, build, handler_of
-from atoll.contract.rounds import Gather, Gathered, Round, Summed, Task, TaskId, Together, as_arrays
+from atoll.contract.rounds import Gather, Gathered, Round, Summed, Task, TaskId, Together
 from atoll.data.table import Table
 from atoll.runtime.catalogue import load_installed
 from benchmarks.learning import Desk

@@ -40,7 +40,9 @@ from atoll.runtime.receipts import Grouping
 from atoll.runtime.serve import settle
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
-from atoll.transport.grpc import OPTIONS, GrpcSite, GrpcTransport
+from atoll.transport.grpc import GrpcTransport
+from atoll.transport.grpc_channel import OPTIONS
+from atoll.transport.grpc_site import GrpcSite
 from atoll.transport.local import LocalTransport
 from benchmarks.table import Row, main
 
@@ -295,7 +297,7 @@ def in_process(grouping: Grouping, num_sites: int, num_rounds: int) -> float:
             own = Identity.generate(f"site-{number}")
             store.invite(own.name, f"{number:064x}", 2**31 - 1)
             store.enrol(own.name, f"{number:064x}", own.public.hex(), "")
-            journals.append(Journal(folder / f"{number}.db", own.name, own.public, own.sign, durable=False))
+            journals.append(Journal(folder / f"{number}.db", own.name, own.public, own.sign, temporary=True))
             endpoints[own.name] = Site(own, journals[-1], Policy.sandbox(), table, identity.public).handle
         transport = LocalTransport(endpoints)
         ledger = store.ledger(identity.public, identity.sign)

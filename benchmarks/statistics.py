@@ -57,7 +57,7 @@ def run(plan: Plan, tables: Mapping[str, Table]) -> tuple[dict[str, Any], float,
             own, data = Identity.generate(site), SiteData.of(table, plan, site)
             store.invite(site, f"{number:064x}", 2**31 - 1)
             store.enrol(site, f"{number:064x}", own.public.hex(), "")
-            journals.append(Journal(folder / f"{site}.db", site, own.public, own.sign, durable=False))
+            journals.append(Journal(folder / f"{site}.db", site, own.public, own.sign, temporary=True))
             made = Site(own, journals[-1], Policy.sandbox(), partial(_same, data), identity.public)
             endpoints[site] = made.handle
         transport = LocalTransport(endpoints)

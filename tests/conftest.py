@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 from atoll.contract.disclosure import Rule, judged
+from atoll.contract.fields import as_arrays
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.rounds import (
@@ -34,7 +35,6 @@ from atoll.contract.rounds import (
     Task,
     TaskId,
     Together,
-    as_arrays,
 )
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Message, encode_bytes
@@ -163,7 +163,7 @@ class Federation:
         """Open store and ledger: also what a coordinator does that starts again after a crash."""
         if self.store is not None:
             self.store.close()
-        self.store = RunStore(f"sqlite:///{self.home / 'store.db'}")
+        self.store = RunStore(f"sqlite:///{self.home / 'store.db'}", durable=False)
         self.ledger = self.store.ledger(self.coordinator.public, self.coordinator.sign)
 
     def start_transport(self) -> None:
@@ -254,6 +254,12 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
     made.close()
 
 
+@pytest.fixture(scope="session")
+def federations() -> type[Federation]:
+    """Makes federations that serve several tests: ``federations(folder)``, to be closed."""
+    return Federation
+
+
 # ---------------------------------------------------------------- programs without a runtime
 
 
@@ -311,7 +317,7 @@ def _drive(
     empty = {n: t.rows(np.zeros(len(t), bool)) for n, t in tables.items()}
     small = rule.min_group_size
     desks = {n: Desk(n, t, (holdouts or empty)[n], min_group_size=small) for n, t in tables.items()}
-    identities = {name: Identity.generate(name) for name in desks}
+    identities = {name: _identity(name) for name in desks}
     roster = {name: identity.public for name, identity in sorted(identities.items())}
     for name, desk in desks.items():
         session = Session(derive(b"\0" * 32, "session", name))
@@ -369,6 +375,12 @@ def _drive(
             value = tuple(answered(one) for one in item.rounds)
         else:
             value = answered(item)
+
+
+@cache
+def _identity(name: str) -> Identity:
+    """The same when a program goes on from a checkpoint."""
+    return Identity.generate(name)
 
 
 def _secret(number: int, site: str, label: str) -> Stream:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 pytest.importorskip("torch")
 
 from atoll.cli.audit_plan import Options, audit_plan
+from atoll.cli.audit_reading import reading_of
 from atoll.cli.main import app
 from atoll.contract.errors import AtollError
 from atoll.contract.plan import Plan
@@ -26,11 +27,14 @@ from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file
 from atoll.runtime.home import SiteHome
+from atoll.runtime.rehearsal import Rows, rehearse
 from atoll.runtime.site import Site
+from atoll.runtime.study import check_plan, settled
 
 FEATURES = {"age": (20, 90), "chol": (50, 700), "thalach": (40, 230), "oldpeak": (-5, 10)}
 COLUMNS = {
     **{name: {"range": list(ends)} for name, ends in FEATURES.items()},
+    "day": {"range": [0, 400]},
     "ill": {"dtype": "integer", "values": [0, 1], "role": "label"},
 }
 PRIVACY = {"unit": "record", "epsilon": 8, "delta": 1e-5, "mechanism": "discrete_gaussian"}
@@ -48,11 +52,12 @@ def patients(number: int, seed: int) -> dict[str, np.ndarray]:
     x = random.random((number, len(FEATURES)))
     low, high = np.array(list(FEATURES.values())).T
     ill = (x.sum(1) + 0.5 * random.standard_normal(number) > len(FEATURES) / 2).astype(float)
-    return {**dict(zip(FEATURES, (low + x * (high - low)).T.round(3), strict=True)), "ill": ill}
+    day = random.uniform(0, 400, number).round(3)
+    return {**dict(zip(FEATURES, (low + x * (high - low)).T.round(3), strict=True)), "day": day, "ill": ill}
 
 
 def plan_of(program: str = "horizontal.fedavg", protection: str = "plain", **more: Any) -> Plan:
-    params = {"target": "ill", "family": "logistic", "features": list(FEATURES), **PARAMS[program]}
+    params = {"target": "ill", "family": "logistic", "features": list(FEATURES), **PARAMS.get(program, {})}
     return Plan.from_json({
         "atoll": 1, "name": "heart", "schema": {"name": "t", "columns": COLUMNS}, "program": program,
         "params": params | more.pop("params", {}), "protection": protection, "cohort": {"min_sites": 2},
@@ -90,6 +95,83 @@ def test_single_rows_leak_from_plain_replies(program: str) -> None:
 def test_nothing_leaks_from_masked_replies_nor_from_the_sum_of_three(program: str) -> None:
     found = audited(plan_of(program, "secagg"))
     assert rate(found, "single replies") == rate(found, "sum of 3 sites") == found["leak_rate"] == 0.0
+
+
+RELATIONS: dict[str, dict[str, Any]] = {
+    "fedprox": {}, "scaffold": {}, "feddyn": {}, "fednova": {"local_steps": 3}, "fedadam": {"sites_per_round": 2},
+    "ditto": {}, "apfl": {}, "perfedavg": {}, "weighted": {}, "shapley": {"method": "leave_one_out"},
+    "online": {"time": "day", "start": 300, "every": 5}, "dpftrl": {"expected_rows": 90, "rounds": 8},
+}  # fmt: skip
+QUICKLY = ("scaffold", "fednova", "perfedavg", "weighted", "online", "dpftrl")
+EACH = [name if name in QUICKLY else pytest.param(name, marks=pytest.mark.slow) for name in RELATIONS]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "scaffold" else pytest.param(name, marks=pytest.mark.slow) for name in RELATIONS]
+)
+def test_single_rows_leak_from_fedavgs_relations_too(name: str) -> None:
+    """The rows that a site takes are known to the auditor, and its reply is read as their gradient."""
+    asked = {"learning_rate": 0.1, "rounds": 2, **RELATIONS[name]}
+    found = audited(plan_of(f"horizontal.{name}", params=asked), Options(batches=(1,), samples=6, membership=False))
+    assert (found["leak_rate"], found["attacked"]) == (1.0, 6)
+    assert found["batches"][0]["no_gradient"]["leak_rate"] == 0.0
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_reply_is_read_as_the_mean_gradient_of_the_rows_that_were_taken(name: str) -> None:
+    """At the weights that were sent; FedNova's three steps of a low rate are hardly elsewhere."""
+    more = {"perfedavg": {"adapt_rate": 1e-6}, "dpftrl": {"clip_norm_l2": 100}}.get(name, {})
+    asked = {"learning_rate": 0.01, "rounds": 2, **RELATIONS[name], **more}
+    plan = settled(plan_of(f"horizontal.{name}", params=asked))
+    program = check_plan(plan)
+    reading = reading_of(plan, program, plan.table, noised=False)
+    changes, steps, rows = reading.step(5, 30, asked.get("local_steps", 1))
+    run = plan.run.model_copy(update={"min_group_size": 1})
+    plan = plan.model_copy(update={"run": run, "params": {**plan.params, **changes}})
+    first = rehearse(plan, sites_of(plan), reading.handler)
+    tables, places, keys = {}, {}, {}
+    for i in range(3):
+        size, places[f"s{i}"], keys[f"s{i}"] = reading.drawn(plan, first, f"s{i}", 30, rows * steps)
+        tables[f"s{i}"] = reading.dressed(Table(plan.table, patients(size, seed=i)))
+    data = {site: Rows(table) for site, table in tables.items()}
+    seen = rehearse(plan, data, reading.handler, first.before, keys)
+    model, start = program.model(plan.table), np.asarray(seen.sent["weights"], float)
+    for site, table in tables.items():
+        found = reading.gradient(seen.replies[site], rows * steps, steps)
+        wanted = model.loss_and_gradient(start, model.examples(table).take(places[site]))[1]
+        assert len(places[site]) == rows * steps
+        assert np.allclose(found, wanted, atol=3e-3), name
+        assert np.abs(wanted).max() > 0.03
+
+
+@pytest.mark.slow
+def test_a_stream_of_a_column_of_times_is_read_in_its_first_period() -> None:
+    asked = {"learning_rate": 0.1, "expected_rows": 90, "rounds": 4, "time": "day"}
+    found = audited(plan_of("horizontal.dpftrl", params=asked), Options(batches=(1,), samples=6, membership=False))
+    assert (found["leak_rate"], found["attacked"]) == (1.0, 6)
+
+
+@pytest.mark.parametrize(
+    ("program", "more", "code", "told"),
+    [
+        ("fedbuff", {}, "audit.not-training", "horizontal.scaffold"),
+        ("ifca", {}, "audit.not-training", "horizontal.fedavg"),
+        ("fedper", {}, "audit.not-read", "leave it out"),
+        ("fedavg", {"freeze": ["slopes"]}, "audit.not-read", "leave it out"),
+        ("fedavg", {"compress": {"keep": 0.5}}, "audit.not-read", "leave it out"),
+        ("fedavg", {"compress": {"down": {"bits": 8}}}, "audit.not-read", "leave it out"),
+        ("fedavg", {"aggregate": {"rule": "median", "groups": 2}}, "audit.not-read", "leave it out"),
+    ],
+)
+def test_what_no_attack_reads_is_refused_and_what_is_read_is_told(
+    program: str, more: dict[str, Any], code: str, told: str
+) -> None:
+    """That no attack got anything of it would say nothing."""
+    plan = plan_of(f"horizontal.{program}", params={"rounds": 2, **more})
+    with pytest.raises(AtollError) as error:
+        audit_plan(plan, {}, QUICK, lambda _: None)
+    assert error.value.code == code
+    assert told in error.value.remedy and "fedbuff" not in error.value.remedy
 
 
 def test_a_ciphertext_is_attacked_as_the_bytes_it_is() -> None:
@@ -253,12 +335,15 @@ def test_statistics_need_no_audit(study: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("protection", "leaks"), [("plain", True), ("secagg", False)])
-def test_images_are_shown_beside_their_reconstructions(protection: str, leaks: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("program", "protection", "leaks"),
+    [("fedavg", "plain", True), ("fedavg", "secagg", False), ("fedper", "plain", True)],
+)
+def test_images_are_shown_beside_their_reconstructions(program: str, protection: str, leaks: bool) -> None:
     columns = {"image": {"dtype": "image", "shape": [16, 16]}, "ill": COLUMNS["ill"]}
     schema = TableSchema(name="t", columns={name: Column(**column) for name, column in columns.items()})
     content = plan_of(protection=protection).to_json() | {
-        "schema": schema.model_dump(mode="json"),
+        "schema": schema.model_dump(mode="json"), "program": f"horizontal.{program}",
         "params": {"target": "ill", "model": {"kind": "cnn", "image": "image", "channels": [12], "hidden": 48},
                    "rounds": 1, "local_steps": 2, "learning_rate": 0.05},
     }  # fmt: skip

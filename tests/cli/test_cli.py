@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tests import forked
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -21,7 +22,7 @@ from atoll.contract.plan import Plan
 from atoll.models import stored
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "400"}
+ENVIRONMENT = forked.ENVIRONMENT
 KEYS = {"study", "program", "plan_hash", "transport", "protection", "seed", "rounds", "seconds", "sites", "wire",
         "metrics", "privacy"}  # fmt: skip
 BINARY = {"auc", "accuracy", "log_loss"}
@@ -29,8 +30,11 @@ BINARY = {"auc", "accuracy", "log_loss"}
 
 def atoll(*arguments: str | Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python -m atoll`` with *arguments*; it must exit with *code*, and never with a traceback."""
-    command = [sys.executable, "-m", "atoll", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=False)
+    if not environment:
+        done = forked.run(*arguments)
+    else:  # it may say what is imported, so it is an interpreter's of its own
+        command = [sys.executable, "-m", "atoll", *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, check=False)
     told = f"atoll {' '.join(map(str, arguments))} → {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert done.returncode == code, told
     assert "Traceback" not in done.stdout + done.stderr, told

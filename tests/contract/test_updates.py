@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from atoll.contract.errors import ProtocolError
-from atoll.contract.rounds import as_arrays
+from atoll.contract.fields import as_arrays
 from atoll.contract.updates import WEIGHT, Update
 
 # small integers as reals: every sum and product is exact, so that the laws hold to the bit

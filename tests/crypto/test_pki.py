@@ -278,6 +278,7 @@ def test_renewal_begins_when_a_third_is_left(ca: CertificateAuthority, lifetime:
     assert pki.needs_renewal(pem, begun + lifetime * 0.67)
     assert pki.needs_renewal(pem, begun + lifetime * 2)
     assert not pki.needs_renewal(pem, begun - HOUR)
+    assert pki.needs_renewal(pem, begun - 3 * HOUR), "a clock that was ahead made it"
 
 
 # ---------------------------------------------------------------- join tokens

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from atoll.contract.errors import AtollError, ProtocolError
+from atoll.contract.fields import as_arrays
 from atoll.contract.program import Cohort, build, handler_of
-from atoll.contract.rounds import Gather, Gathered, Round, Summed, Task, TaskId, as_arrays
+from atoll.contract.rounds import Gather, Gathered, Round, Summed, Task, TaskId
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table
 from atoll.horizontal import batch

@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from atoll.contract.errors import DisclosureError, PlanError
+from atoll.contract.fields import as_arrays
 from atoll.contract.program import Cohort, Program, build, handler_of
-from atoll.contract.rounds import Checkpoint, Metrics, Round, Summed, Task, TaskId, as_arrays
+from atoll.contract.rounds import Checkpoint, Metrics, Round, Summed, Task, TaskId
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table, concatenate
 from atoll.horizontal.dpsgd import poisson_sample

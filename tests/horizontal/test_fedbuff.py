@@ -15,6 +15,8 @@ from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, build, handler_of
 from atoll.contract.rounds import Arrival, Round
 from atoll.contract.wire import Message, decode
+from atoll.runtime.budget import Budget
+from atoll.runtime.noise import noise_of
 from atoll.transport.base import Endpoint, Progress
 
 SIZES = (40, 25, 33, 20, 28)
@@ -209,14 +211,48 @@ def test_what_it_cannot_do_is_refused(hospitals: Any, more: dict[str, Any]) -> N
         build("horizontal.fedbuff", params_of(hospitals(sizes=SIZES), **more))
 
 
-def test_privacy_is_refused(federation: Any, hospitals: Any) -> None:
-    """Nobody knows beforehand how many sums there are."""
-    study = hospitals(sizes=SIZES)
+@pytest.mark.parametrize("protection", ["plain", "secagg"])
+def test_under_privacy_each_step_costs_whoever_is_in_it(federation: Any, hospitals: Any, protection: str) -> None:
+    """As many sums as steps, each with noise for the fewest sites that may be left in it."""
+    study, steps = hospitals(sizes=SIZES), 4
     privacy = {"unit": "site", "epsilon": 5.0, "delta": 1e-6}
+    plan = federation.plan(
+        "horizontal.fedbuff", {**params_of(study, buffer=4), "rounds": steps}, study.tables, privacy=privacy,
+        protection=protection, cohort={"min_sites": 3},
+    )  # fmt: skip
+    found = federation.run(plan, study.tables)["result"]
+    assert np.isfinite(found["model"].weights).all() and found["iterations"] == steps
+    noise = noise_of(plan, len(SIZES))
+    assert noise is not None and noise.shares == (3 if protection == "secagg" else 1)
+    sums = [number for number, rate in enumerate(noise.rates) if rate]
+    assert sums == [4 + 5 * step for step in range(steps)], "four are ready, then they hand in"
+    assert noise.costs[sums[0] - 1] == 0 < noise.costs[sums[0]] < noise.costs[sums[-1]] == pytest.approx(5, rel=1e-3)
+    charged = {body["round"]: body["epsilon"] for body in federation.releases() if body["epsilon"] is not None}
+    assert charged == {number: noise.costs[number] for number in sums}
+    for site, journal in federation.journals.items():
+        last = max(body["round"] for body in federation.releases() if body["site"] == site and body["epsilon"])
+        assert journal.spent("default", Budget()).epsilon == noise.costs[last]
+        assert journal.spent("default", Budget()).exact == 0, "who is ready tells nothing else"
+
+
+def test_noise_is_for_steps_and_not_for_who_is_ready(federation: Any, hospitals: Any) -> None:
+    study, scales = hospitals(sizes=SIZES), []
+    privacy = {"unit": "site", "epsilon": 5.0, "delta": 1e-6, "stages": "falling"}
+    for name, more in (("horizontal.fedbuff", {"buffer": 3}), ("horizontal.fedavg", {})):
+        plan = federation.plan(name, params_of(study, **more), study.tables, privacy=privacy, protection="plain")
+        noise = noise_of(plan, len(SIZES))
+        assert noise is not None
+        scales.append([z for z, rate in zip(noise.multipliers, noise.rates, strict=True) if rate])
+    assert scales[0] == scales[1] != sorted(scales[0]), "as in rounds of all: a site may be in every step"
+
+
+def test_privacy_of_a_record_is_refused(federation: Any, hospitals: Any) -> None:
+    study = hospitals(sizes=SIZES)
+    privacy = {"unit": "record", "epsilon": 5.0, "delta": 1e-6}
     plan = federation.plan("horizontal.fedbuff", params_of(study), study.tables, privacy=privacy, protection="secagg")
     with pytest.raises(PlanError) as caught:
         federation.run(plan, study.tables)
-    assert caught.value.code in ("privacy.rounds", "privacy.exact-replies")
+    assert caught.value.code == "privacy.unbounded"
 
 
 def test_a_buffer_smaller_than_the_cohorts_rule_is_refused(federation: Any, hospitals: Any) -> None:

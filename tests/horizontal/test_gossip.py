@@ -133,24 +133,28 @@ def test_no_weight_of_any_model_is_on_the_wire(hospitals: Any, federation: Any) 
     assert set(federation.ledgers()) == {"coordinator", *study.tables}
 
 
-def test_a_run_that_is_resumed_goes_on(hospitals: Any, federation: Any) -> None:
+@pytest.mark.parametrize(("every", "dies_at"), [(10, 3), (1, 3), (1, 5), (2, 4)])
+def test_a_run_that_is_resumed_goes_on(hospitals: Any, federation: Any, every: int, dies_at: int) -> None:
+    """From a checkpoint the coordinator has the mail that waits; models are the sites'."""
     study = hospitals("logistic", SIZES)
-    federation.run(plan_of(federation, study), study.tables)
+    outcome = federation.run(plan_of(federation, study, checkpoint_every=every), study.tables)["result"]
     whole = {n: j.personal(federation.run_id).arrays["weights"] for n, j in federation.journals.items()}
     federation.build(study.tables)
-    federation.submit(plan_of(federation, study))
+    federation.submit(plan_of(federation, study, checkpoint_every=every))
     begun: list[int] = []
 
     def stop(event: dict[str, Any]) -> None:
-        if event.get("round") == 3 and not begun:
-            begun.append(3)
+        if event.get("round") == dies_at and not begun:
+            begun.append(dies_at)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         federation.drive(on_event=stop)
+    kept = federation.store.checkpoint(federation.run_id)
+    assert (kept is not None) == (every < 10)
     federation.start_coordinator()
     federation.start_transport()
-    federation.drive()
+    assert federation.drive()["result"] == outcome
     for name, weights in whole.items():
         assert np.array_equal(federation.journals[name].personal(federation.run_id).arrays["weights"], weights)
 

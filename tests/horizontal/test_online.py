@@ -11,6 +11,7 @@ from atoll.contract.errors import AtollError, PlanError
 from atoll.contract.program import Cohort, build
 from atoll.contract.schema import Column
 from atoll.data.table import Table
+from atoll.runtime.policy import Policy
 
 COLUMNS: dict[str, Any] = {
     "u": {"range": [-1, 1]},
@@ -90,6 +91,35 @@ def test_planted_drift_is_found_within_a_period_and_nothing_else_is(federation: 
         assert turned[10]["error"] > 0.8 > 0.3 > turned[9]["error"]
 
 
+def test_sites_that_share_their_metrics_tell_when_they_saw_drift(federation: Any, drive: Any) -> None:
+    tables = streams(federation, turn=50)
+    found = run(drive, tables, alarms=True).result
+    assert set(found["alarms"]) == {"s0", "s1", "s2"}
+    counts = np.bincount([period for own in found["alarms"].values() for period in own], minlength=20)
+    assert counts.tolist() == [p["sites_drifting"] for p in found["periods"]]
+    assert counts.sum() >= 3
+    assert "alarms" not in run(drive, tables).result
+    params = {**PARAMS, "alarms": True}
+    plan = federation.plan("horizontal.online", params, tables, protection="secagg", cohort={"min_sites": 3})
+    policies = {f"s{i}": Policy.sandbox().model_copy(update={"share": ("metrics",) if i else ()}) for i in range(3)}
+    shared = federation.run(plan, tables, policies)["result"]["alarms"]
+    assert shared == {site: found["alarms"][site] for site in ("s1", "s2")}
+
+
+def test_a_site_tells_its_alarms_once_and_by_plan(federation: Any, drive: Any) -> None:
+    from atoll.contract.errors import PolicyError
+    from atoll.contract.program import handler_of
+    from atoll.contract.rounds import Task, TaskId
+
+    desks = run(drive, streams(federation, rows=50), rounds=2, alarms=True).desks
+    task = Task(TaskId("0" * 32, 9, 0, "reply", "s0"), {}, (0,))
+    for asked, state in ((True, desks["s0"].state), (False, {})):
+        made, desks["s0"].state = build("horizontal.online", {**PARAMS, "alarms": asked}), state
+        with pytest.raises(PolicyError) as caught:
+            handler_of(made, "alarms").answer(made, desks["s0"], task)
+        assert caught.value.code == "policy.not-in-plan"
+
+
 def test_after_drift_a_reset_begins_anew_and_a_boost_hurries(federation: Any, drive: Any) -> None:
     tables = streams(federation, turn=50)
     each = {what: run(drive, tables, on_drift=what, boost=4, learning_rate=0.2) for what in ("note", "reset", "boost")}
@@ -159,11 +189,14 @@ def test_dates_are_cut_by_durations_and_hidden_sums_give_the_same(federation: An
     plan = federation.plan("horizontal.online", params, tables)
     told = federation.run(plan, tables)["result"]["periods"]
     by_number = federation.run(federation.plan("horizontal.online", PARAMS, tables), tables)["result"]["periods"]
+    begins = [p.pop("begins") for p in told]
+    assert begins[:3] == ["2024-01-31", "2024-02-05", "2024-02-10"]
+    assert [p.pop("begins") for p in by_number] == [5.0 * i for i in range(20)]
     assert told == by_number
     assert next(p["period"] for p in told if p["drift"]) in (10, 11)
     hidden = federation.plan("horizontal.online", params, tables, protection="secagg", cohort={"min_sites": 3})
     for one, other in zip(told, federation.run(hidden, tables)["result"]["periods"], strict=True):
-        assert one == {**other, "error": pytest.approx(other["error"], abs=1e-6)}
+        assert {"begins": begins[one["period"]], **one} == {**other, "error": pytest.approx(other["error"], abs=1e-6)}
 
 
 @pytest.mark.parametrize(
@@ -201,6 +234,20 @@ def test_a_coordinator_cannot_boost_beyond_the_plan(federation: Any, drive: Any)
     assert np.array_equal(change(2), change(1e9))
     with pytest.raises(AtollError):
         change(np.nan)
+
+
+@pytest.mark.parametrize("period", [20.0, 0.5, 1e300])
+def test_a_period_that_the_plan_has_not_is_not_answered(federation: Any, drive: Any, period: float) -> None:
+    from atoll.contract.errors import ProtocolError
+    from atoll.contract.program import handler_of
+    from atoll.contract.rounds import Task, TaskId
+
+    desks = run(drive, streams(federation, rows=100), rounds=1).desks
+    made = build("horizontal.online", PARAMS)
+    sent = {"weights": np.zeros(3), "period": np.array(period), "rate": np.array(1.0)}
+    with pytest.raises(ProtocolError) as caught:
+        handler_of(made, "train").answer(made, desks["s0"], Task(TaskId("0" * 32, 9, 0, "reply", "s0"), sent, (0,)))
+    assert (caught.value.code, caught.value.field) == ("task.array", "period")
 
 
 def test_a_period_is_answered_once_and_none_before_it(federation: Any, drive: Any) -> None:

@@ -11,7 +11,7 @@ from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, build
 from atoll.data.table import Table
 from atoll.horizontal.validation import Parts
-from atoll.statistics.quality import FLOOR, own_quality
+from atoll.statistics.own_quality import FLOOR, own_quality
 
 COLUMNS: dict[str, Any] = {
     "u": {"range": [-4, 4]},

@@ -96,7 +96,7 @@ def test_a_network_begins_with_its_base_and_a_head_of_its_own(folder: Path) -> N
     for name, where in other.layers.items():
         wanted = new[where] if name.startswith("head.") else arrays[name].ravel()
         assert np.array_equal(began[where], wanted), name
-    assert other.spec()["base"] == {**base, "frozen": []}
+    assert other.spec()["base"] == {**base, "frozen": [], "adapters": None}
     again = make(other.spec(), SCHEMA)
     assert np.array_equal(again.initial(1), began)
     for name in (n for n in arrays if n.startswith("encoder.")):  # a base need not have every layer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -387,18 +385,3 @@ def test_stored_trees_are_read_again_and_scikit_learn_knows_them(link: str, tmp_
         assert np.array_equal(loaded.predict(frame), wanted)
     matrix = np.column_stack([table[name] for name in FEATURES]).astype(object)
     assert loaded.predict(matrix).tolist() == loaded.predict(frame).tolist()
-
-
-LIGHT = """
-import sys
-import atoll.cli.main
-from atoll.runtime.catalogue import load_installed
-load_installed()
-import atoll.models.trees
-assert "numba" not in sys.modules
-"""
-
-
-def test_starting_does_not_load_the_compiler() -> None:
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

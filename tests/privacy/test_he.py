@@ -23,7 +23,7 @@ from atoll.data.table import Table
 from atoll.privacy.he.key_holder import claim
 from atoll.privacy.he.limbs import Limbs
 from atoll.privacy.he.slots import Slots
-from atoll.runtime.roster import roster_hash
+from atoll.runtime.roster import agreement
 from atoll.runtime.site import Site
 from atoll.runtime.study import check_plan
 from atoll.transport.base import Endpoint, Progress
@@ -221,8 +221,10 @@ def test_a_short_key_is_refused_though_it_is_signed(federation: Any) -> None:
     short = PrivateKey.generate(2048).public.to_bytes()
 
     def change(arrays: dict[str, Any], message: Message) -> None:
-        roster = {name: journal.chain.public.hex() for name, journal in federation.journals.items()}
-        about = claim("paillier", message.meta["run"], roster_hash(roster), "s0", short)
+        announced = federation.journals["s0"].run(message.meta["run"])[1]
+        about = claim(
+            "paillier", message.meta["run"], agreement(announced["hash"], announced["roster_hash"]), "s0", short
+        )
         arrays[OWN + "public key"] = np.frombuffer(short, np.uint8)
         arrays[OWN + "key signature"] = np.frombuffer(federation.sites["s0"]._identity.sign(about), np.uint8)
 

@@ -12,6 +12,7 @@ import pytest
 from atoll.contract.errors import PlanError
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY, build
+from atoll.contract.protection import parted
 from atoll.contract.rounds import Field, Round, Task, TaskId
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.wire import Message
@@ -19,6 +20,7 @@ from atoll.data.table import Table
 from atoll.models.linear import LinearModel
 from atoll.models.model import Examples
 from atoll.runtime.budget import Budget
+from atoll.runtime.memory import question_digest
 from atoll.runtime.noise import dry, noise_of
 
 COLUMNS: dict[str, dict[str, Any]] = {"x": {"range": [0, 10], "missing": "allow"}, "y": {"range": [0, 10]}}
@@ -110,6 +112,35 @@ def test_a_failure_on_the_data_ends_the_run_and_costs_all_of_it(federation: Any)
     assert rogue.ask(rogue.planned[2], 2).meta["code"] == "run.not-open"
     rogue.journal.end_run(rogue.run, "failed", None, "")
     assert rogue.journal.spent("default", Budget()).epsilon == 1.0  # nothing comes back
+
+
+def test_whether_an_answer_fails_is_told_of_one_question_a_round(federation: Any) -> None:
+    """An answer that cannot be masked costs nothing, and tells that the handler did not fail: a threshold of failure,
+    looked for with other weights each time, would be an exact function of the rows."""
+    tables = {f"s{i}": tables_of(federation)["s0"] for i in range(3)}
+    told: list[str] = []
+
+    def wrap(name: str, endpoint: Any) -> Any:
+        def handle(message: Message, progress: Any) -> Message:
+            if name == "s1" and message.kind == "task" and message.meta["step"] == "reply" and not told:
+                [masks] = [key for key in message.arrays if key.endswith("adverts of")]
+                alone = {**message.arrays, masks: np.zeros_like(message.arrays[masks])}
+                for weights in (alone["weights"], *(alone["weights"] + 10.0**power for power in (1, 100, np.inf))):
+                    arrays = {**alone, "weights": weights}
+                    meta = dict(message.meta)
+                    meta["question"] = question_digest(meta, parted(arrays)[0])
+                    told.append(endpoint(Message("task", meta, arrays), progress).meta["code"])
+            return endpoint(message, progress)
+
+        return handle
+
+    plan = federation.plan(
+        "horizontal.dpsgd", LEARN, tables, protection="secagg", privacy=PRIVACY, cohort={"min_sites": 3}
+    )
+    federation.run(plan, tables, wrap=wrap)
+    assert told == ["secagg.too-few", *["budget.question"] * 3]
+    promised = [journal.spent("default", Budget()).epsilon for journal in federation.journals.values()]
+    assert len(set(promised)) == 1 and 0 < promised[0] <= 1.0, "the round itself went on, at its price"
 
 
 def test_a_row_that_overflows_counts_as_nothing() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import sqlite3
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from tests import forked
 
 from atoll.runtime.home import CoordinatorHome, SiteHome
 from atoll.runtime.store import RunStore
@@ -62,7 +62,7 @@ PLAN: dict[str, Any] = {
     "cohort": {"sites": list(SITES), "min_sites": 3, "on_dropout": "fail"},
     "run": {"seed": 11, "holdout": 0.25, "deadline_s": 120},
 }
-ENVIRONMENT = {**os.environ, "NO_COLOR": "1", "COLUMNS": "400", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = dict(forked.ENVIRONMENT)
 
 
 def until(ready: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -106,8 +106,12 @@ class Party:
 
     def __init__(self, name: str, home: Path) -> None:
         self.name, self.home, self.log = name, home, home.parent / f"{name}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | forked.Process | None = None
         self._began = 0
+
+    @property
+    def kind(self) -> str:
+        return "coordinator" if self.name == "coordinator" else "site"
 
     @property
     def pid(self) -> int:
@@ -115,12 +119,15 @@ class Party:
         return self.process.pid
 
     def start(self, before: Callable[[], None] | None = None) -> None:
-        """Start the process; *before* runs in it first."""
-        kind = "coordinator" if self.name == "coordinator" else "site"
+        """Start the process; with *before*, which runs in it first, it is an interpreter of its own."""
+        arguments = [self.kind, "up", "--verbose", "--home", str(self.home)]
         with self.log.open("ab") as log:
             self._began = log.tell()
+            if before is None:
+                self.process = forked.start(*arguments, output=log, environment=ENVIRONMENT)
+                return
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "atoll", kind, "up", "--verbose", "--home", str(self.home)],
+                [sys.executable, "-m", "atoll", *arguments],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT, preexec_fn=before,
             )  # fmt: skip
 
@@ -173,8 +180,7 @@ class Federation:
 
     def atoll(self, *arguments: str | Path, code: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         """``python -m atoll`` with *arguments*; it must exit with *code*, and never with a traceback."""
-        command = [sys.executable, "-m", "atoll", *map(str, arguments)]
-        done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+        done = forked.run(*arguments, stdin=stdin, environment=ENVIRONMENT)
         told = f"atoll {' '.join(map(str, arguments))} → {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == code, told
         assert "Traceback" not in done.stderr, told
@@ -324,6 +330,11 @@ class Federation:
         assert row["status"] == status, f"{row['status']}: {row['note']}\n{self.coordinator.text()[-3000:]}"
         return row
 
+    def await_told(self, run: str) -> None:
+        """Wait until every site has heard that a run is finished, and with it has its last receipts."""
+        for site in SITES:
+            until(lambda site=site: self.site_row(site, run)[0] == "finished", f"{site} hears the end")
+
     def revive(self) -> None:
         """Start whoever has ended, and wait until all are connected."""
         if not self.coordinator.running():
@@ -374,6 +385,7 @@ class Federation:
 
     def check_once(self, run: str, rounds: int, ledgers: Mapping[str, list[dict[str, Any]]] | None = None) -> None:
         """Ledgers hold together, and every site released every round's reply exactly once, and has its receipt."""
+        self.await_told(run)
         ledgers = ledgers or self.ledgers()
         acknowledged = Counter(
             (leaf["site"], entry["body"]["round"])

@@ -1,4 +1,4 @@
-"""A clock that jumps: by hours, forwards and backwards, at each party another, while a run goes on."""
+"""A clock that jumps: by hours, or by weeks, forwards and backwards, at each party another, while a run goes on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 pytestmark = pytest.mark.slow
 
 HOURS = 3600.0
+WEEKS = 40 * 24
+"""Hours by which a clock is beyond every certificate."""
 HOOK = '''
 """The wall clock of this process is shifted by what a file of its party says, in seconds; others are left alone."""
 import datetime
@@ -114,6 +116,42 @@ def test_a_party_that_starts_with_a_wrong_clock_still_takes_part(jumpy: Any) -> 
     run = federation.submit("wrong", params={"rounds": 20})
     federation.await_status(run, "finished")
     jump(coordinator=0, beta=0)
+
+
+def told(party: Any) -> str:
+    """What it printed since it was started, on one line."""
+    return " ".join(party.text().split())
+
+
+def test_clocks_that_are_weeks_off_are_told_and_hold_no_run_up(jumpy: Any, wait_until: Any) -> None:
+    """A site goes by the coordinator's clock, which it was told when it connected; its own is only told of."""
+    federation, jump = jumpy
+    run = federation.submit("weeks", params={"rounds": 4000})
+    federation.await_rounds(run, 5)
+    jump(alpha=WEEKS, beta=-WEEKS, coordinator=WEEKS)
+    alpha, beta = federation.sites["alpha"], federation.sites["beta"]
+    wait_until(lambda: "alpha: this site's clock is 40 days ahead of the coordinator's" in told(alpha), "its warning")
+    wait_until(lambda: "beta: this site's clock is 40 days behind the coordinator's" in told(beta), "its warning")
+    seen = federation.rounds(run)
+    federation.await_rounds(run, seen + 50)
+    assert not federation.row(run)["note"] and "disconnected" not in told(alpha) + told(beta)
+    federation.as_coordinator("cancel", run)
+    federation.await_status(run, "cancelled")
+
+
+def test_who_starts_with_a_clock_that_is_weeks_off_is_told_so_at_once(jumpy: Any) -> None:
+    federation, jump = jumpy
+    alpha = federation.sites["alpha"]
+    alpha.kill()
+    jump(alpha=WEEKS, beta=0, coordinator=0)
+    alpha.start()
+    assert alpha.wait() == 1 and "by this site's clock, " in told(alpha) and "set the clock right" in told(alpha)
+    jump(alpha=0, coordinator=WEEKS)
+    alpha.start()
+    assert alpha.wait() == 1 and "the coordinator's certificate is not valid yet" in told(alpha)
+    jump(coordinator=0)  # it is not started anew
+    alpha.start()
+    federation.await_connected("alpha")
 
 
 def test_a_clock_that_went_forward_and_back_gives_no_budget_twice(jumpy: Any) -> None:

@@ -6,16 +6,16 @@ import datetime as dt
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from tests import forked
 
 from atoll.runtime.home import CoordinatorHome
 
@@ -63,29 +63,37 @@ def plan_of(folder: Path, **run: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """``start(…)``: ``atoll daily`` with arguments, going on by itself; ended with the test."""
-    started: list[subprocess.Popen[str]] = []
+@dataclass
+class Job:
+    """``atoll daily`` at work, and what it says."""
 
-    def call(*arguments: str | Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "atoll", "daily", *map(str, arguments)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "400"}))  # fmt: skip
+    process: forked.Process
+    log: Path
+
+    def told(self) -> str:
+        return self.log.read_text()
+
+    def ended(self, code: int = 0) -> str:
+        """What it said, once it has ended with *code*."""
+        assert self.process.wait(300) == code, self.told()
+        return self.told()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """``start(…)``: ``atoll daily`` with arguments, going on by itself; ended with the test."""
+    started: list[Job] = []
+
+    def call(*arguments: str | Path) -> Job:
+        log = tmp_path / f"job{len(started)}.log"
+        with log.open("wb") as file:
+            started.append(Job(forked.start("daily", *arguments, output=file), log))
         return started[-1]
 
     yield call
-    for process in started:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == code, told
-    return told
+    for job in started:
+        job.process.kill()
+        job.process.wait()
 
 
 def outcome(out: Path, day: str = "") -> dict[str, Any]:
@@ -147,12 +155,12 @@ def test_days_of_a_federation(regions: Any, start: Any, wait_until: Any, tmp_pat
     call = (plan, "--home", regions.coordinator.home, "--out", out)
     first = start(*call)
     approve(regions, wait_until, "--standing")
-    told = ended(first)
+    told = first.ended()
     assert str(BEGIN + dt.timedelta(59)) in told and (out / str(BEGIN + dt.timedelta(59)) / "report.html").is_file()
     undisturbed, before = outcome(out), ledgers(regions)
     assert not undisturbed["partial"] and set(before["west"].values()) == {1}
 
-    assert "nobody was asked" in ended(start(*call))
+    assert "nobody was asked" in start(*call).ended()
     assert ledgers(regions) == before, "nothing is released a second time"
 
     west = regions.sites["west"]
@@ -163,7 +171,7 @@ def test_days_of_a_federation(regions: Any, start: Any, wait_until: Any, tmp_pat
     wait_until(lambda: regions.site_row("east", run)[0] == "running", "the run is open at east, approved for good")
     west.kill()
     west.start()
-    ended(third)
+    third.ended()
     assert outcome(out) == undisturbed
     assert all(set(released.values()) == {1} for released in ledgers(regions).values())
 
@@ -180,7 +188,7 @@ def test_days_of_a_federation(regions: Any, start: Any, wait_until: Any, tmp_pat
                 lambda site=site: json.loads(regions.as_site(site, "pending", "--json").stdout), f"it waits at {site}"
             )
             regions.as_site(site, "approve", study["run"])
-        told = ended(fourth, PARTIAL)
+        told = fourth.ended(PARTIAL)
     finally:
         west.start()
         regions.await_connected("west")
@@ -213,9 +221,9 @@ def process_of(home: Path) -> int:
     raise AssertionError(f"nobody runs {home}")
 
 
-def under_way(out: Path, job: subprocess.Popen[str]) -> bool:
+def under_way(out: Path, job: Job) -> bool:
     """Are the sites connected, and is the run submitted or open?"""
-    assert job.poll() is None, job.communicate()
+    assert job.process.poll() is None, job.told()
     if not (out / "open.json").exists() or not (out / "parties" / "coordinator" / "store.db").exists():
         return False
     run = json.loads((out / "open.json").read_text())["run"]
@@ -233,29 +241,28 @@ def check_ledgers(out: Path, runs: int = 1) -> None:
         bodies = [entry["body"] for entry in entries if entry["kind"] == "release"]
         found += Counter(f"{path.stem} {b['run']} {b['round']} {b['attempt']} {b['step']}" for b in bodies)
     assert set(found.values()) == {1} and len({key.split()[1] for key in found}) == runs
-    command = [sys.executable, "-m", "atoll", "ledger", "verify", *map(str, (out / "ledger").glob("*.jsonl"))]
-    subprocess.run(command, check=True, capture_output=True)
+    assert forked.run("ledger", "verify", *(out / "ledger").glob("*.jsonl")).returncode == 0
 
 
 def test_a_killed_site_and_a_killed_job(sandbox: Any, start: Any, wait_until: Any, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
-    ended(start(*sandbox, "--out", undisturbed))
+    start(*sandbox, "--out", undisturbed).ended()
 
     site_killed = tmp_path / "site"
     job = start(*sandbox, "--transport", "grpc", "--out", site_killed)
     wait_until(lambda: under_way(site_killed, job), "the run is under way", 300)
     os.kill(process_of(site_killed / "parties" / "west"), signal.SIGKILL)
-    ended(job)
+    job.ended()
     assert outcome(site_killed) == outcome(undisturbed)
     check_ledgers(site_killed)
 
     job_killed = tmp_path / "job"
     job = start(*sandbox, "--transport", "grpc", "--out", job_killed)
     wait_until(lambda: under_way(job_killed, job), "the run is under way", 300)
-    job.kill()
-    job.communicate()
+    job.process.kill()
+    job.process.wait()
     begun = json.loads((job_killed / "open.json").read_text())["run"]
-    ended(start(*sandbox, "--transport", "grpc", "--out", job_killed))
+    start(*sandbox, "--transport", "grpc", "--out", job_killed).ended()
     assert outcome(job_killed) == outcome(undisturbed)
     assert json.loads((job_killed / "history.json").read_text())["days"][0]["run"] == begun
     check_ledgers(job_killed)

@@ -13,10 +13,8 @@ import datetime as dt
 import json
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ import yaml
 from atoll.crypto.identity import verify
 from atoll.data.sources import SourceSpec
 from atoll.ledger.verify import verify_file, verify_together
+from atoll.runtime.budget import Budget
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.policy import Policy
 from atoll.runtime.store import RunStore
 
-from .conftest import ENVIRONMENT, PLAN, POLICY, Federation, Party, free_ports, table, until
+from .conftest import PLAN, POLICY, Federation, Party, free_ports, table, until
 
 BELOW = {"nation": ("north", "south"), "north": ("harbour", "hill"), "harbour": ("ann", "bob"), "hill": ("cid", "dan")}
 PROTECTION = {"nation": "secagg", "north": "plain", "harbour": "secagg", "hill": "plain"}
@@ -48,14 +47,9 @@ pytestmark = pytest.mark.slow
 class Node(Party):
     """A coordinator, a region or a site of the tree."""
 
-    def start(self, before: Callable[[], None] | None = None) -> None:
-        kind = "coordinator" if self.name == "nation" else "region" if self.name in BELOW else "site"
-        with self.log.open("ab") as log:
-            self._began = log.tell()
-            command = [sys.executable, "-m", "atoll", kind, "up", "--verbose", "--home", str(self.home)]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENVIRONMENT, preexec_fn=before
-            )
+    @property
+    def kind(self) -> str:
+        return "coordinator" if self.name == "nation" else "region" if self.name in BELOW else "site"
 
     @property
     def site_home(self) -> Path:
@@ -153,6 +147,7 @@ class Nation:
         params = {**PLAN["params"], "rounds": changes.pop("rounds", ROUNDS - 1)}
         content = {**PLAN, "name": name, "params": params, "protection": "secagg"}
         content |= {"cohort": {**cohort, **changes.pop("cohort", {})}, "run": {**PLAN["run"], **changes.pop("run", {})}}
+        content |= changes
         path = self.folder / f"{name}.plan.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))
         submitted = self.atoll("coordinator", "submit", path, "--home", self.nodes["nation"].home, "--json")
@@ -320,6 +315,23 @@ def test_everybody_in_the_middle_ends_now_and_then(nation: Nation, uninterrupted
         nation.await_rounds(run, 3 + 4 * place)
         nation.killed(name, signal.SIGTERM if place % 2 else signal.SIGKILL)
     check_same(nation, run, uninterrupted)
+
+
+def test_under_noise_a_region_comes_back_and_nobody_is_charged_twice(nation: Nation) -> None:
+    run = nation.submit("noised", privacy={"unit": "site", "epsilon": 5.0, "delta": 1e-6})
+    for name, number in (("harbour", 5), ("north", 12), ("hill", 20)):
+        nation.await_rounds(run, number)
+        nation.killed(name, signal.SIGKILL)
+    nation.await_end(run)
+    for level in REGIONS:
+        nation.await_end(run, level)
+    nation.check_ledgers(run)
+    told = nation.store("nation").result(run)[0]["privacy"]
+    assert told["noised"] and 4.9 < told["spent"] <= 5
+    for name in PARENT:
+        until(lambda name=name: nation.nodes[name].status(run) == "finished", f"the end at {name}")
+        with contextlib.closing(SiteHome(nation.nodes[name].site_home).journal()) as journal:
+            assert journal.spent("trial", Budget()).epsilon == pytest.approx(told["spent"]), name
 
 
 def test_a_city_that_is_away_for_good(nation: Nation, uninterrupted: Any) -> None:

@@ -100,13 +100,14 @@ def test_cancel_stops_both_sides(federation: Any, wait_until: Any) -> None:
 
 @pytest.mark.slow
 def test_cancel_while_a_site_is_silent(federation: Any, wait_until: Any) -> None:
-    run = federation.submit("silent", params={"rounds": 10_000}, run={"deadline_s": 3}, cohort={"min_sites": 3})
+    run = federation.submit("silent", params={"rounds": 10_000}, run={"deadline_s": 60}, cohort={"min_sites": 3})
     federation.await_rounds(run, 3)
     federation.sites["gamma"].signal(signal.SIGSTOP)
     try:
         federation.as_coordinator("cancel", run)
         federation.await_status(run, "cancelled")
-        assert federation.site_row("alpha", run)[0] == federation.site_row("beta", run)[0] == "cancelled"
+        for site in ("alpha", "beta"):
+            wait_until(lambda site=site: federation.site_row(site, run)[0] == "cancelled", f"{site} hears of it")
     finally:
         federation.sites["gamma"].signal(signal.SIGCONT)
     wait_until(lambda: federation.site_row("gamma", run)[0] == "cancelled", "gamma hears of it", 20)
@@ -142,6 +143,8 @@ def test_two_runs_at_once(federation: Any) -> None:
     federation.start_coordinator()
     federation.await_status(first, "finished")
     federation.await_status(second, "finished")
+    for run in (first, second):
+        federation.await_told(run)
     (_, one), (_, other) = federation.store.result(first), federation.store.result(second)
     assert all(one[name].tobytes() == other[name].tobytes() for name in one)
     ledgers = federation.ledgers()

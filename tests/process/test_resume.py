@@ -80,6 +80,24 @@ def test_killed_coordinator(federation: Any, uninterrupted: Any) -> None:
 
 
 @pytest.mark.slow
+def test_killed_coordinator_of_gossip(federation: Any) -> None:
+    """It has no model: what it kept is who is there, which round is next, and sealed mail that waits."""
+    params = {"rounds": 40, "topology": "ring", "report_every": 10, "checkpoint_every": 6}
+    told = []
+    for name, kills in (("calm", ()), ("gossip", (9, 25, 38))):
+        run = federation.submit(name, program="horizontal.gossip", params=params)
+        for number in kills:
+            federation.await_rounds(run, number)
+            restart_coordinator(federation, run, signal.SIGKILL)
+        federation.await_status(run, "finished")
+        told.append(federation.store.result(run)[0])
+        assert federation.store.checkpoint(run)[0] > 36 and told[-1]["rounds"] == 1 + 41 + 4 + 2
+        federation.check_once(run, told[-1]["rounds"])
+    calm, killed = told
+    assert killed["output"] == calm["output"] and killed["metrics"] == calm["metrics"]
+
+
+@pytest.mark.slow
 def test_terminated_coordinator(federation: Any, uninterrupted: Any) -> None:
     run = federation.submit()
     federation.await_rounds(run, 60)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import csv
 import hashlib
+import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import pytest
 
 from atoll.contract.plan import Plan
 from atoll.data.sources import SourceSpec
+from atoll.report import charts, epidemic_plots, plots
 from atoll.report.markup import VOID
 from atoll.runtime.sandbox import run_sandbox
 
@@ -217,6 +220,43 @@ def trees_study(_trees: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(result, details) of a real run of boosted trees, and what a second one made of them told of their drivers."""
     result, details = copy.deepcopy(_trees)
     return result, details
+
+
+# ---------------------------------------------------------------- drawings
+
+
+def _key(value: Any) -> Any:
+    """The same for two arguments of a drawing exactly if they are equal; functions are, by code and what they hold."""
+    if isinstance(value, Mapping):
+        return tuple((name, _key(item)) for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    if isinstance(value, FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or ()]
+        return value.__code__, _key(held), _key(value.__defaults__)
+    return repr(value)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def draw_anew() -> Iterator[Callable[[], None]]:
+    """Draws the same only once, as most tests look at what stands around it, until this is called."""
+    kept: dict[Any, Any] = {}
+
+    def once(draw: Callable[..., Any]) -> Callable[..., Any]:
+        def drawn(*arguments: Any, **more: Any) -> Any:
+            key = (draw, _key(arguments), _key(more))
+            if key not in kept:
+                kept[key] = draw(*arguments, **more)
+            return kept[key]
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (plots, charts, epidemic_plots):
+            for name, found in inspect.getmembers(module, inspect.isfunction):
+                if found.__module__ == module.__name__ and found.__annotations__["return"] in ("Html", "Html | None"):
+                    patch.setattr(module, name, once(found))
+        yield kept.clear
 
 
 def renamed(value: Any, old: str, new: str) -> Any:

@@ -171,8 +171,10 @@ def test_the_map_has_the_shapes_or_tiles() -> None:
     assert risk_map({}, "m") is None
 
 
-def test_the_same_study_is_the_same_page(study: Any) -> None:
-    assert page(*study) == page(*copy.deepcopy(study))
+def test_the_same_study_is_the_same_page(study: Any, draw_anew: Any) -> None:
+    before = page(*study)
+    draw_anew()
+    assert page(*copy.deepcopy(study)) == before
 
 
 def neighbours() -> ModuleType:

@@ -96,7 +96,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenS
     stores: list[RunStore] = []
 
     def opened() -> RunStore:
-        stores.append(RunStore(url))
+        stores.append(RunStore(url, durable=False))  # nobody cuts the power
         return stores[-1]
 
     yield opened

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from atoll.contract.errors import AtollError, PrivacyBudgetError
 from atoll.contract.privacy import STRENGTH, Privacy, Unit
-from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, reserve, settle, spent
+from atoll.runtime.budget import TABLES, Budget, Charge, Spent, begin, charge, reserve, settle, spent
 from atoll.runtime.policy import Policy
 
 TODAY = dt.date(2026, 3, 1)
@@ -112,6 +112,18 @@ def test_a_release_is_charged_once_however_often_it_is_asked() -> None:
     assert book.spent() == Spent(1.0, 0.0, 1)
     for run, cost in (("a", 0.4), ("exact", math.inf)):
         refused("budget.question", book.charge, run, 0, cost, question="another")
+
+
+def test_a_round_is_begun_for_one_question_only() -> None:
+    book = Book()
+    for _ in range(2):  # another attempt, or after a crash
+        begin(book.db, "a", 0, "q")
+    refused("budget.question", begin, book.db, "a", 0, "another")
+    for run, number in (("a", 1), ("b", 0)):
+        begin(book.db, run, number, "another")
+    book.settle("a")
+    assert book.db.execute("SELECT run FROM begun").fetchall() == [("b",)]
+    assert book.spent() == Spent(0.0, 0.0, 0), "nothing was told yet"
 
 
 def test_a_charge_needs_its_reservation() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from atoll.contract.errors import AtollError, IntegrityError
+from atoll.contract.errors import AtollError, IntegrityError, PrivacyBudgetError
 from atoll.crypto.identity import Identity, verify
 from atoll.ledger.verify import Verified, verify_file
 from atoll.runtime import journal as module
@@ -105,6 +105,26 @@ def test_state_is_replaced_or_kept(journal: Journal) -> None:
     assert set(state(journal)) == {"v"}
     store(journal, "d", state={})
     assert state(journal) == {}
+
+
+def test_what_a_protection_keeps_is_the_same_from_memory_and_from_disk(journal: Journal, tmp_path: Path) -> None:
+    kept = {"seed": np.arange(4, dtype=np.uint8), "at": np.array([3, 0])}
+    store(journal, protection=kept)
+    for _ in range(2):
+        told = journal.state(RUN, module.PROTECTION)
+        assert {name: value.tolist() for name, value in told.items()} == {"seed": [0, 1, 2, 3], "at": [3, 0]}
+        assert not any(value.flags.writeable for value in told.values())
+        told.clear()  # a copy
+    with pytest.raises(IntegrityError):
+        store(journal, protection={"seed": np.zeros(1)})  # the same task again: nothing is stored
+    assert journal.state(RUN, module.PROTECTION)["seed"].tolist() == [0, 1, 2, 3]
+    journal.close()
+    again = opened(tmp_path / "journal.db")
+    assert again.state(RUN, module.PROTECTION)["at"].tolist() == [3, 0]
+    again.open_run(RUN, "running", {})
+    again.set_status(RUN, "failed")
+    assert again.state(RUN, module.PROTECTION) == {}
+    again.close()
 
 
 def test_everything_survives_reopening(journal: Journal, tmp_path: Path) -> None:
@@ -237,6 +257,47 @@ def test_another_process_may_write_too(journal: Journal) -> None:
     other.close()
 
 
+def test_what_another_process_did_with_a_run_is_seen(journal: Journal) -> None:
+    """Else a second set of survivors could be signed, and keys would be used after their run was ended elsewhere."""
+    journal.open_run(RUN, "running", {})
+    sent = store(journal, "a", protection={"at": np.array([4, 0])}).meta["entry"]
+    other = opened(journal._path)
+    assert other.state(RUN, module.PROTECTION)["at"].tolist() == [4, 0]
+    store(other, "b", protection={"at": np.array([5, 0]), "signed": np.zeros(32)})
+    assert journal.state(RUN, module.PROTECTION).keys() == {"at", "signed"}
+    store(journal, "c", protection={"at": np.array([6, 0])})
+    other.end_run(RUN, "cancelled", None, "")
+    assert journal.state(RUN, module.PROTECTION) == {} == journal._kept
+    assert journal.released_hash(1) == sent["hash"] and journal._sent == {}
+    other.close()
+
+
+def test_two_processes_do_not_both_go_on_with_a_run(journal: Journal) -> None:
+    """Each read the same state, and would sign survivors of its own choice."""
+    store(journal, "a", protection={"at": np.array([4, 0])})
+    other = opened(journal._path)
+    before = [each.state(RUN, module.PROTECTION) for each in (journal, other)]
+    other.set_setting("operator", "looked")  # which concerns no run
+    store(journal, "b", protection=before[0] | {"signed": np.zeros(32)})
+    with pytest.raises(IntegrityError) as error:
+        store(other, "c", protection=before[1] | {"signed": np.ones(32)})
+    assert error.value.code == "journal.two-processes" and error.value.remedy
+    kept = other.state(RUN, module.PROTECTION)
+    assert kept["signed"].sum() == 0 and kinds(journal) == ["genesis", "release", "release"]
+    store(other, "d", protection=kept)
+    other.close()
+
+
+def test_what_a_round_asked_is_durable_before_it_is_computed(journal: Journal) -> None:
+    journal.begin_round(RUN, 3, "q")
+    other = opened(journal._path)  # as after kill -9
+    other.begin_round(RUN, 3, "q")
+    with pytest.raises(PrivacyBudgetError) as error:
+        other.begin_round(RUN, 3, "another")
+    assert error.value.code == "budget.question"
+    other.close()
+
+
 def test_a_locked_journal_says_so(journal: Journal) -> None:
     journal._db.execute("PRAGMA busy_timeout=50")
     blocker = sqlite3.connect(journal._path, isolation_level=None)
@@ -346,6 +407,18 @@ def test_a_receipt_that_cannot_be_stored_keeps_the_large_release(
     journal._db.execute("DROP TRIGGER no")
     journal.acknowledge([(1, {})])
     assert files(journal) == set()
+
+
+def test_a_temporary_journal_is_no_file(tmp_path: Path) -> None:
+    made = Journal(tmp_path / "journal.db", "north", IDENTITY.public, IDENTITY.sign, temporary=True)
+    store(made, "a", state={"w": np.ones(2)})
+    assert list(tmp_path.iterdir()) == []
+    store(made, "big", LARGE)
+    assert len(files(made)) == 1 and release(made, "big").arrays["x"].size == LARGE
+    store(made, "c", receipts=[(1, {}), (2, {})])
+    assert list(tmp_path.iterdir()) == [] and state(made)["w"].tolist() == [1, 1]
+    assert kinds(made) == ["genesis", "release", "release", "receipt", "receipt", "release"]
+    made.close()
 
 
 def test_what_a_crash_left_behind_is_removed(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:

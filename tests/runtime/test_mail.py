@@ -22,7 +22,7 @@ SESSIONS = {name: Session(Session.fresh()) for name in NAMES}
 
 
 def box(name: str, **other: Any) -> Mailbox:
-    about = {"run": "r", "program": "p", "session": SESSIONS[name], "roster_hash": "h", **other}
+    about = {"run": "r", "program": "p", "session": SESSIONS[name], "agreed": "h", **other}
     return Mailbox(name, sign=IDENTITIES[name].sign, roster=ROSTER, **about)
 
 
@@ -50,7 +50,7 @@ def test_it_opens_for_nobody_else_and_not_again() -> None:
         (west, "east", east.key, "other", 3),
         (box("west", run="s"), "east", box("east", run="s").key, "model", 3),  # another run's
         (box("west", program="q"), "east", east.key, "model", 3),
-        (box("west", roster_hash="i"), "east", box("east", roster_hash="i").key, "model", 3),
+        (box("west", agreed="i"), "east", box("east", agreed="i").key, "model", 3),
         (east, "west", west.key, "model", 3),  # back to its sender
     ]
     for reader, sender, key, step, number in tries:
@@ -65,7 +65,7 @@ def test_it_opens_for_nobody_else_and_not_again() -> None:
 def test_keys_must_be_signed_for_this_run_by_whom_they_are_said_to_be_of() -> None:
     east, west, north = box("east"), box("west"), box("north")
     made_up = Session(Session.fresh()).public + b"\0" * 64
-    for key in (north.key, made_up, box("west", run="s").key, box("west", roster_hash="i").key):
+    for key in (north.key, made_up, box("west", run="s").key, box("west", agreed="i").key):
         with pytest.raises(IntegrityError) as caught:
             east.seal("west", key, "model", 1, b"secret")
         assert caught.value.code == "session.not-signed"

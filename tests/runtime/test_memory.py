@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import strategies as st
 
 from atoll.contract.errors import AtollError, DisclosureError, ProtocolError
 from atoll.contract.schema import Column, TableSchema
+from atoll.contract.wire import body_parts, canonical_json
 from atoll.crypto.identity import Identity
 from atoll.data.sketch import CELLS, sketch
 from atoll.data.table import Table
 from atoll.runtime.journal import Journal
-from atoll.runtime.memory import Query, period_of
+from atoll.runtime.memory import Query, Question, period_of, question_digest
 from atoll.runtime.policy import Policy
 
 COLUMNS: dict[str, dict[str, Any]] = {
@@ -54,6 +56,20 @@ def test_a_sketch_sees_nearly_all_of_a_small_difference() -> None:
         seen.append(int((sketch(rows) != sketch(rows[:-10])).sum()))
     assert np.mean(seen) > 9.8
     assert CELLS == 512
+
+
+@pytest.mark.parametrize("names", [(), ("x",), ("n",), ("x", "n")])
+def test_a_question_is_all_that_is_asked_in_one_spelling(names: tuple[str, ...]) -> None:
+    """The bytes that are hashed stand in ledgers: they do not change."""
+    meta = {"program": "p", "name": "h", "params": {"b": 1, "a": [0.5]}, "view": {}, "fields": {}, "round": 3}
+    arrays = {"x": np.arange(3.0), "n": np.array(7)}
+    some = {name: arrays[name] for name in names}
+    specs, parts = body_parts(some)
+    asked = {name: value for name, value in meta.items() if name != "round"}
+    spelled = b"atoll question 1\0" + canonical_json([asked, specs]) + b"".join(parts)
+    question = Question(meta, arrays)
+    for _ in range(2):
+        assert question.digest(names) == hashlib.sha256(spelled).hexdigest() == question_digest(meta, some)
 
 
 def test_rows_are_who_they_are(federation: Any) -> None:

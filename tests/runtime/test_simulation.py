@@ -24,7 +24,7 @@ from atoll.runtime.simulation import Engine
 from atoll.runtime.sizes import Sizes
 from atoll.runtime.study import settled
 from atoll.runtime.work import Work
-from atoll.runtime.workers import Workers, opened
+from atoll.runtime.workers import Workers, dealt_out, opened
 
 COLUMNS = {
     **{name: {"range": [-10, 10]} for name in ("a", "b", "c")},
@@ -257,3 +257,9 @@ def test_an_announcement_holds_the_whole_roster(federation: Any, tables: dict[st
     plan = settled(federation.plan("horizontal.glm", LOGISTIC, tables))
     small, large = (Sizes(plan, tuple(f"s{i:04}" for i in range(n))).opening.down_bytes for n in (10, 1010))
     assert large - small == pytest.approx(1000 * (64 + 11), rel=0.01)
+
+
+def test_rounds_are_dealt_out_evenly_but_for_sites_that_keep_something() -> None:
+    rows, home = {"a": 100, "b": 60, "c": 40, "d": 10}, {"d": 0}
+    shares = dealt_out(["a", "b", "c", "d"], rows, home, 2)
+    assert {place: set(own) for place, own in shares.items()} == {0: {"d", "b", "c"}, 1: {"a"}}

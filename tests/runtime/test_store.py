@@ -44,7 +44,7 @@ def finish_round(store: RunStore, run: str, number: int, **more: Any) -> None:
 
 def all_rows(store: RunStore) -> dict[str, list[Any]]:
     with store._begin() as db:
-        tables = module._meta.sorted_tables
+        tables = module.RUNS.metadata.sorted_tables
         return {t.name: sorted(map(repr, db.execute(t.select()))) for t in tables}
 
 
@@ -143,6 +143,7 @@ def test_a_finished_round_comes_back_for_replaying(store: RunStore, open_store: 
     finish_round(store, run, 1)
     finish_round(store, run, 10)
     again = open_store()
+    assert (again.next_round(run), again.next_round("none")) == (11, 0)
     assert [(r["number"], r["name"], r["seconds"], r["receipts"]) for r in again.rounds(run)] == [
         (0, "p/x", 0.5, {"north": [{"of": 1}]}), (1, "p/x", 0.5, {}), (10, "p/x", 0.5, {}),
     ]  # fmt: skip

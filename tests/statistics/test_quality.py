@@ -17,7 +17,8 @@ from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, build
 from atoll.data.table import concatenate
 from atoll.runtime.policy import Policy
-from atoll.statistics.quality import FLOOR, duplicates
+from atoll.statistics.duplicates import duplicates
+from atoll.statistics.own_quality import FLOOR
 
 COLUMNS: dict[str, dict[str, Any]] = {
     "weight": {"range": [0, 200_000], "unit": "kg"},

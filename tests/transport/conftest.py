@@ -22,7 +22,9 @@ from atoll.crypto import pki
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.policy import Policy
 from atoll.transport.base import Endpoint, Progress
-from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
+from atoll.transport.grpc import GrpcTransport
+from atoll.transport.grpc_channel import on_channel
+from atoll.transport.grpc_site import GrpcSite
 from atoll.transport.local import LocalTransport
 from atoll.transport.ray import QUIET, RayTransport
 

@@ -17,7 +17,7 @@ import pytest
 
 from atoll.contract.errors import IntegrityError, ProtocolError, TransportError
 from atoll.contract.wire import Head, Message, encode_bytes
-from atoll.transport.grpc import SERVICE, call_unary
+from atoll.transport.grpc_channel import SERVICE, call_unary
 from atoll.transport.link import ID_BYTES, Link, frame_id
 
 HELLO = b"H" + bytes(ID_BYTES) + b'{"me":"by hand","have":{},"of":"","holds":[]}'

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from atoll.contract.errors import IntegrityError, TransportError
 from atoll.contract.wire import Message
 from atoll.crypto import pki
-from atoll.transport.grpc import SERVICE, call_unary
+from atoll.transport.grpc_channel import SERVICE, call_unary
 
 HOUR = dt.timedelta(hours=1)
 

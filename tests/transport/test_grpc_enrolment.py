@@ -24,7 +24,7 @@ from atoll.crypto import pki
 from atoll.crypto.identity import Identity
 from atoll.data.sources import SourceSpec
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
-from atoll.transport.grpc import call_unary
+from atoll.transport.grpc_channel import call_unary
 
 
 def changed(token: str, change: Callable[[dict[str, Any]], Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from atoll.contract.wire import Message
 from atoll.crypto import pki
 from atoll.runtime.home import SiteHome
 from atoll.runtime.serve import CoordinatorServer, serve_site
-from atoll.transport.grpc import _configuration, call_unary, on_channel
+from atoll.transport.grpc import _configuration
+from atoll.transport.grpc_channel import call_unary, on_channel
+from atoll.transport.grpc_site import GrpcSite
+from atoll.transport.link import Link
 
 DAY_S = 86_400
 
@@ -268,3 +273,106 @@ async def test_a_certificate_is_not_replaced_by_nonsense(headquarters: Any) -> N
     with pytest.raises(ProtocolError):
         await home.renew(nonsense, force=True)
     assert pem(home) == before
+
+
+# ---------------------------------------------------------------- clocks
+
+
+async def test_the_coordinators_clock_says_when_a_certificate_is_renewed(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home = await hq.enrol("a")
+    assert not await home.renew(None, at=pki.now() + dt.timedelta(days=4))
+    asked: list[Any] = []
+
+    async def call(request: Any) -> Any:
+        asked.append(request)
+        return hq.home.renew(hq.store, "a", request)
+
+    assert await home.renew(call, at=pki.now() + dt.timedelta(days=5)) and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("hours", "wanted"),
+    [(0, ""), (-1, ""), (5, "5 hours ahead of"), (-30, "30 hours behind"), (960, "40 days ahead of")],
+)
+async def test_a_site_tells_that_its_clock_is_off(hours: float, wanted: str) -> None:
+    states: list[str] = []
+    site = GrpcSite("x:1", b"", lambda: (b"", b""), lambda *_: Message("", {}), max_message_bytes=1,
+                    on_state=states.append)  # fmt: skip
+    site._link = Link(site)
+    hello = {"me": "c", "have": {}, "of": "", "holds": [], "time": time.time() - hours * 3600}
+    site._link.attach(b"H" + bytes(16) + json.dumps(hello).encode())
+    assert abs(site.coordinator_time() - time.time() + hours * 3600) < 60
+    assert site._clocks_agree() == site._clocks_agree() == (not wanted)
+    assert states == ([f"this site's clock is {wanted} the coordinator's: set it right"] if wanted else [])
+
+
+@pytest.mark.parametrize("claimed", [None, "soon", -1, 1e300, [2]])
+async def test_a_time_that_cannot_be_is_not_believed(claimed: Any) -> None:
+    link = Link(None)  # type: ignore[arg-type]
+    link.attach(b"H" + bytes(16) + json.dumps({"me": "c", "have": {}, "of": "", "holds": [], "time": claimed}).encode())
+    assert abs(link.peer_time() - time.time()) < 60
+
+
+@pytest.mark.parametrize(("own", "told"), [(5, 0), (5, -30), (0, 5), (0, -3), (0, 400)])
+async def test_either_clock_renews_but_alone_not_at_every_check(
+    headquarters: Any, monkeypatch: Any, own: int, told: int
+) -> None:
+    """In days after the certificate was made. Once both say so, it is renewed at once, and again."""
+    hq = await headquarters().listen()
+    home, begun, asked = await hq.enrol("a"), pki.now(), list[Any]()
+
+    async def call(request: Any) -> Any:
+        asked.append(request)
+        if len(asked) == 1:
+            raise TransportError("transport.unreachable", "the answer was lost")
+        return {"certificate": first.decode()}
+
+    first = pem(home)
+    monkeypatch.setattr(pki, "now", lambda: begun + dt.timedelta(days=own))
+    at = begun + dt.timedelta(days=told)
+    with pytest.raises(TransportError):
+        await home.renew(call, at=at)
+    assert await home.renew(call, at=at)
+    alone = told in range(5) or own == 0
+    assert [await home.renew(call, at=at) for _ in range(3)] == [not alone] * 3
+    monkeypatch.setattr(pki, "now", lambda: begun + dt.timedelta(days=5))
+    assert await home.renew(call, at=begun + dt.timedelta(days=6))
+
+
+async def test_a_renewal_that_is_refused_by_one_clock_waits_too(headquarters: Any) -> None:
+    hq = await headquarters().listen()
+    home, asked = await hq.enrol("a"), list[Any]()
+
+    async def call(request: Any) -> Any:
+        asked.append(request)
+        raise IntegrityError("certificate.expired", "by the coordinator's clock")
+
+    at = pki.now() + dt.timedelta(days=9)
+    with pytest.raises(IntegrityError):
+        await home.renew(call, at=at)
+    assert not await home.renew(call, at=at) and len(asked) == 1
+
+
+@pytest.mark.parametrize("hours", [0, 3, -960])
+async def test_clocks_that_are_apart_hold_a_renewed_certificate_back_and_no_region(hours: int) -> None:
+    """A region is to connect anew when its sites are back; a certificate is used once the clocks agree."""
+    back, checks, apart = list[bool](), list[int](), [hours * 3600]
+    site = GrpcSite("x:1", b"", lambda: (b"", b""), lambda *_: Message("", {}), max_message_bytes=1, check_s=0,
+                    again=lambda: bool(back) and back.pop())  # fmt: skip
+    site.coordinator_time = lambda: time.time() + apart[0]  # type: ignore[method-assign]
+
+    async def renew(_: Any) -> bool:
+        checks.append(len(checks))
+        if len(checks) == 2 and hours:
+            raise IntegrityError("certificate.expired", "refused by a clock that is off")
+        if len(checks) == 5:
+            apart[0] = 0
+        return len(checks) == 1
+
+    await asyncio.wait_for(site._renewed(None, renew), 20)  # type: ignore[arg-type]
+    assert len(checks) == (6 if hours else 1), "what was renewed is not forgotten"
+    checks, apart = [9], [hours * 3600]
+    back.append(True)
+    await asyncio.wait_for(site._renewed(None, renew), 20)  # type: ignore[arg-type]
+    assert not back and checks == [9]

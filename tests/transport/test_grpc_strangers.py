@@ -11,7 +11,8 @@ import grpc.aio
 import pytest
 
 from atoll.contract.errors import TransportError
-from atoll.transport.grpc import SERVICE, GrpcTransport, call_unary
+from atoll.transport.grpc import GrpcTransport
+from atoll.transport.grpc_channel import SERVICE, call_unary
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,11 @@ one after the other, so that is compared without ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gzip
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,15 @@ import pytest
 from statsmodels.duration.hazard_regression import PHReg
 
 from atoll.contract.schema import Column, TableSchema
+from atoll.data.table import Table
 from atoll.models import tree_kernels
 from atoll.models.tree_splits import Rules
-from atoll.models.trees import Trees, TreesSpec
+from atoll.models.trees import FEATURE, THRESHOLD, Trees, TreesSpec
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, tidy
 from atoll.trees.objective import make
+
+from .boosted_rows import steps
 
 xgboost = pytest.importorskip("xgboost")
 ROWS, FEATURES, TREES, DEPTH, RATE = 1500, 4, 20, 3, 0.2
@@ -137,3 +143,75 @@ def test_cox(fit: Any, data: Data) -> None:
     x = np.nan_to_num(data.x)
     linear = PHReg(time, x, status=event).fit().predict(pred_type="lhr").predicted_values
     assert concordance(time, event, ours[:, 0]) > concordance(time, event, np.ravel(linear))
+
+
+# ---------------------------------------------------------------- the federation's trees
+
+
+def test_its_splits_are_xgboosts_where_the_bins_are(federation: Any, drive: Any) -> None:
+    """Few distinct values have a bin each on both sides."""
+    random = np.random.default_rng(3)
+    x = random.integers(0, 12, (900, 3)).astype(float)
+    x[random.random(x.shape) < 0.1] = np.nan
+    signal = np.nan_to_num(x[:, 0]) - 5 + np.where(np.nan_to_num(x[:, 1]) > 4, 2, -2) + random.normal(0, 1, 900)
+    y = (signal > 0).astype(float)
+    columns = {f"x{j}": {"dtype": "integer", "range": [0, 11]} for j in range(3)}
+    columns["y"] = {"dtype": "integer", "values": [0, 1], "role": "label"}
+    tables = {
+        f"s{i}": federation.table({**{f"x{j}": x[i::3, j] for j in range(3)}, "y": y[i::3]}, columns) for i in range(3)
+    }
+    params = {"target": "y", "trees": 5, "max_depth": 3, "learning_rate": 0.3, "min_rows": 1}
+    model = drive(steps(params, tables), tables).result["model"]
+    settings = {"objective": "binary:logistic", "tree_method": "hist", "max_depth": 3, "eta": 0.3, "nthread": 1,
+                "base_score": float(y.mean())}  # fmt: skip
+    booster = xgboost.train(settings, xgboost.DMatrix(x, y), 5)
+    for words, tree in zip(model.words, booster.get_dump(dump_format="json"), strict=True):
+        compared(words, 0, json.loads(tree))
+    ours = np.concatenate([model.predict(tables[f"s{i}"]) for i in range(3)])
+    theirs = np.concatenate([booster.predict(xgboost.DMatrix(x[i::3])) for i in range(3)])
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def compared(words: np.ndarray, at: int, node: Mapping[str, Any]) -> None:
+    """A node of ours and one of XGBoost's, and what is below; where no cell is missing, either way is right."""
+    if "leaf" in node:
+        assert words[at, FEATURE] == -1
+        assert words[at, THRESHOLD] == pytest.approx(node["leaf"], abs=1e-5)
+        return
+    assert words[at, FEATURE] == int(node["split"].removeprefix("f"))
+    assert words[at, THRESHOLD] == pytest.approx(node["split_condition"])
+    for below, child in zip((2 * at + 1, 2 * at + 2), (node["yes"], node["no"]), strict=True):
+        compared(words, below, next(c for c in node["children"] if c["nodeid"] == child))
+
+
+@pytest.mark.slow
+def test_its_auc_is_xgboosts_on_three_banks(federation: Any, atoll_data: Path) -> None:
+    """With the same bins: each column's values are put on 200 of its quantiles before."""
+    metrics = pytest.importorskip("sklearn.metrics")
+    folder = atoll_data / "default-credit-uci"
+
+    def read(name: str) -> np.ndarray:
+        with gzip.open(folder / f"default_credit_homo_{name}.csv.gz", "rt") as file:
+            return np.loadtxt(file, delimiter=",", skiprows=1)[:, 1:]
+
+    parts, test = [read(name) for name in ("guest", "host_1", "host_2")], read("test")
+    train = np.concatenate(parts)
+    for j in range(1, train.shape[1]):
+        levels = np.unique(np.quantile(train[:, j], np.linspace(0, 1, 200)).astype(np.float32)).astype(float)
+        for part in (*parts, test, train):
+            part[:, j] = levels[np.clip(np.searchsorted(levels, part[:, j], "right") - 1, 0, None)]
+    names = [f"x{j}" for j in range(train.shape[1] - 1)]
+    columns = {n: {"range": [float(c.min()), float(c.max())]} for n, c in zip(names, train[:, 1:].T, strict=True)}
+    columns["y"] = {"dtype": "integer", "values": [0, 1], "role": "label"}
+
+    def table(rows: np.ndarray) -> Table:
+        return federation.table({"y": rows[:, 0], **dict(zip(names, rows[:, 1:].T, strict=True))}, columns)
+
+    tables = {f"bank{i}": table(part) for i, part in enumerate(parts)}
+    params = {"target": "y", "trees": 40, "max_depth": 4, "learning_rate": 0.1}
+    outcome = federation.run(federation.plan("trees.boosted", params, tables, protection="secagg"), tables)
+    ours = metrics.roc_auc_score(test[:, 0], outcome["result"]["model"].predict(table(test)))
+    settings = {"objective": "binary:logistic", "tree_method": "hist", "max_depth": 4, "eta": 0.1, "max_bin": 256}
+    booster = xgboost.train(settings, xgboost.DMatrix(train[:, 1:], train[:, 0]), 40)
+    theirs = metrics.roc_auc_score(test[:, 0], booster.predict(xgboost.DMatrix(test[:, 1:])))
+    assert abs(ours - theirs) <= 0.0005

@@ -17,26 +17,7 @@ from atoll.data.table import Table
 from atoll.models.trees import COVER, FEATURE, LEAF
 from atoll.runtime.policy import Policy
 
-COLUMNS: dict[str, Any] = {
-    "a": {"range": [-5, 5]},
-    "b": {"range": [0, 1000]},
-    "kind": {"dtype": "text", "values": ["x", "y", "z"]},
-    "binary": {"dtype": "integer", "values": [0, 1], "role": "label"},
-    "class": {"dtype": "text", "values": ["p", "q", "r"], "role": "label"},
-    "value": {"range": [-80, 80], "role": "label"},
-}
-
-
-def rows(seed: int, n: int) -> dict[str, Any]:
-    random = np.random.default_rng(seed)
-    a, b, kind = random.normal(0, 1, n), random.uniform(0, 900, n), random.choice(["x", "y", "z"], n).astype(object)
-    eta = np.sin(2 * a) + b / 500 + np.where(kind == "x", 1.0, 0.0)
-    return {
-        "a": np.where(random.random(n) < 0.1, np.nan, a.clip(-5, 5)), "b": b, "kind": kind,
-        "binary": (eta + random.normal(0, 0.5, n) > 1).astype(float),
-        "class": np.array(["p", "q", "r"], object)[np.digitize(eta + random.normal(0, 0.5, n), [1, 2])],
-        "value": 10 * eta + random.normal(0, 2, n),
-    }  # fmt: skip
+from .forest_rows import COLUMNS, rows
 
 
 def tables_of(federation: Any, sizes: tuple[int, ...] = (80, 40, 60)) -> tuple[dict[str, Table], dict[str, Table]]:

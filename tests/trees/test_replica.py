@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import ProtocolError
+from atoll.contract.fields import as_arrays
 from atoll.contract.program import Cohort, build, handler_of
-from atoll.contract.rounds import APART, Metrics, Round, Summed, Task, TaskId, as_arrays
+from atoll.contract.rounds import APART, Metrics, Round, Summed, Task, TaskId
 from atoll.trees.replica import Log, Replica, received
 
 COLUMNS: dict[str, dict[str, Any]] = {

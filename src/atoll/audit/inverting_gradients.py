@@ -31,9 +31,11 @@ def match_gradient(
     """The variables, like *start* [num_gradients, batch_size, ...], whose inputs have the observed gradients.
 
     decode: variables → the network's inputs. penalty: variables → [num_gradients]. signed: take the sign of the
-    derivative. within: keep the variables there. Cost: *steps* times a gradient of a gradient.
+    derivative. within: keep the variables there. Layers whose gradient is 0 in all of them, as of those that a site
+    keeps, do not count. Cost: *steps* times a gradient of a gradient.
     """
     values = parameters(model)
+    seen = torch.cat([torch.stack([g[n] for g in gradients]).any().expand(v.numel()) for n, v in values.items()])
     observed = torch.stack([torch.cat([g[name].flatten() for name in values]) for g in gradients])
     observed = observed / observed.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
@@ -45,7 +47,7 @@ def match_gradient(
     optimiser = torch.optim.Adam([variables], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, learning_rate / 20)
     for _ in range(steps):
-        made = torch.cat([g.flatten(1) for g in each(values, decode(variables), labels).values()], 1)
+        made = torch.cat([g.flatten(1) for g in each(values, decode(variables), labels).values()], 1) * seen
         cosine = (made * observed).sum(1) / made.norm(dim=1).clamp(min=1e-30)
         (slope,) = torch.autograd.grad((1 - cosine + penalty(variables)).sum(), [variables])
         variables.grad = slope.sign() if signed else slope

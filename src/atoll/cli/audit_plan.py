@@ -19,13 +19,12 @@ from atoll.audit.leak import pictures, wilson
 from atoll.audit.membership import Membership, lira, loss_threshold, ridge
 from atoll.audit.subjects import batch_of, in_order, inputs_of, subject_of
 from atoll.audit.view import Batch, Observation, Protection, captured
-from atoll.contract.errors import PlanError
+from atoll.cli.audit_reading import reading_of
 from atoll.contract.plan import Plan
 from atoll.contract.protection import find
-from atoll.crypto.session import Session
+from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
-from atoll.horizontal.dpsgd import poisson_sample
 from atoll.models.linear import LinearModel
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.noise import noise_of
@@ -36,15 +35,11 @@ from atoll.runtime.rehearsal import (
     norms,
     read_as_numbers,
     rehearse,
-    session_where,
     taken,
-    task_of,
     trained,
 )
 from atoll.runtime.study import check_plan, settled
 
-GRADIENT = {"horizontal.fedavg": "weights", "horizontal.dpsgd": "gradient", "horizontal.glm": "gradient"}
-"""Of each program that can be audited, the field that shows a gradient."""
 MOST_ROWS = 4000
 """So many members, and others, are enough to test membership."""
 MOST_DRAWS = 200_000
@@ -55,7 +50,7 @@ Tell = Callable[[dict[str, Any]], None]
 @dataclass(frozen=True, slots=True)
 class Options:
     """batches: rows of a local step. samples: how many rows to attack for each, about. local_steps: of SGD before the
-    reply (fedavg); 0: as many as the plan says. steps: of each attack that searches."""
+    reply (FedAvg's relations); 0: as many as the plan says. steps: of each attack that searches."""
 
     batches: tuple[int, ...] = (1, 8)
     samples: int = 60
@@ -78,7 +73,7 @@ def audit_plan(
 ) -> Audited:
     """Attack *plan* over the sites' own rows. public: the attacker's own inputs, as the model's table has them.
 
-    Raises PlanError "audit.not-training" for a program that no attack reads.
+    Raises PlanError "audit.not-training" for a program, and "audit.not-read" for a setting, that no attack reads.
     """
     plan = settled(plan)
     made = _Audit(plan, data, options, tell, public)
@@ -108,21 +103,16 @@ class _Audit:
     ) -> None:
         self.plan, self.data, self.options, self.tell = plan, data, options, tell
         self.program = _program(plan)
-        if plan.program not in GRADIENT:
-            raise PlanError(
-                "audit.not-training", f"no attack reads what {plan.program} releases", field="program",
-                remedy=f"audit a plan of {', '.join(GRADIENT)}",
-            )  # fmt: skip
+        prepared = Prepared(plan.recipe).schema(plan.table)
+        self.reading = reading_of(plan, self.program, prepared, noised=plan.privacy is not None)
         self.noise: Noise | None = noise_of(plan, len(data))
-        newton = "newton" if self.noise is None else "step"
-        self.handler = {"horizontal.fedavg": "train", "horizontal.dpsgd": "gradient"}.get(plan.program, newton)
         tell({"starting": "the plan on all rows"})
-        self.first = rehearse(_small(plan), data, self.handler)
+        self.first = rehearse(_small(plan, **self.reading.everybody), data, self.reading.handler)
         parts = {site: one.parts(self.first.view) for site, one in data.items()}
         self.schema = next(iter(parts.values()))[0].schema
         self.model = self.program.model(self.schema)
         self.random = np.random.default_rng(options.seed)
-        self.rows = {site: train for site, (train, _) in parts.items()}
+        self.rows = {site: self.reading.dressed(train) for site, (train, _) in parts.items()}
         self.order = {site: self.random.permutation(len(train)) for site, train in self.rows.items()}
         self.public_from = "the attacker's own"
         if public is None:
@@ -158,6 +148,7 @@ class _Audit:
         """Rehearse rounds in which every site's step is of *size* rows, and attack them."""
         plan, steps, rows = self._step(min(size, *map(len, self.order.values())))
         each, fewest = rows * steps, min(map(len, self.order.values()))
+        reveals = find(plan.protection.sum).reveals
         number = max(1, min(-(-self.options.samples // (each * len(self.data))), fewest // each))
         rounds: list[Mapping[str, Batch]] = []
         single: list[list[Observation]] = []
@@ -168,10 +159,11 @@ class _Audit:
             seen, batches = self._round(plan, chosen, rows, steps)
             rounds.append(batches)
             single.append(self._single(seen, each, steps))
-            mean = self._mean(seen.total, each * len(chosen), steps)
-            summed.append([captured(self.subject.model, "sum", mean, each * len(chosen), tuple(chosen))])
+            if not reveals:
+                mean = self._mean(seen.total, each * len(chosen), steps)
+                summed.append([captured(self.subject.model, "sum", mean, each * len(chosen), tuple(chosen))])
         views = {"single replies": single}
-        if not find(plan.protection.sum).reveals:
+        if not reveals:
             views[f"sum of {len(self.data)} sites"] = summed
         leaks = {view: self._attack(rounds, seen, f"batch {rows}, {view}") for view, seen in views.items()}
         baseline = attack_rounds(
@@ -183,12 +175,9 @@ class _Audit:
 
     def _step(self, rows: int) -> tuple[Plan, int, int]:
         """(the plan with such a local step, local steps, rows of each)."""
-        if self.plan.program != "horizontal.fedavg":
-            return _small(self.plan), 1, rows
-        fewest, params = min(map(len, self.order.values())), self.program.params
-        steps = self.options.local_steps or params.local_steps or params.local_epochs * -(-fewest // rows)
-        steps = min(steps, fewest // rows)  # within one epoch
-        return _small(self.plan, batch_size=rows, local_steps=steps), steps, rows
+        fewest = min(map(len, self.order.values()))
+        changes, steps, rows = self.reading.step(rows, fewest, self.options.local_steps)
+        return _small(self.plan, **changes), steps, rows
 
     def _round(
         self, plan: Plan, chosen: Mapping[str, NDArray[np.int64]], rows: int, steps: int
@@ -197,7 +186,7 @@ class _Audit:
         fewest = min(map(len, self.order.values()))
         tables, sessions, batches = {}, {}, {}
         for site, mine in chosen.items():
-            size, places, sessions[site] = self._places(plan, site, fewest, rows, steps)
+            size, places, sessions[site] = self.reading.drawn(plan, self.first, site, fewest, rows * steps)
             index = np.empty(size, np.int64)
             others = np.setdiff1d(self.order[site], mine)
             index[places] = mine
@@ -206,32 +195,10 @@ class _Audit:
             tables[site], batch = taken(self.rows[site], index), taken(self.rows[site], mine)
             batches[site] = batch_of(self.model, inputs_of(self.model, batch), batch[self.model.targets[0]])
         data = {site: Rows(table) for site, table in tables.items()}
-        seen = rehearse(plan, data, self.handler, self.first.before, sessions)
+        seen = rehearse(plan, data, self.reading.handler, self.first.before, sessions)
         if self.noise is not None:
             self.noises.extend(self._noise(plan, seen, tables, sessions))
         return seen, batches
-
-    def _places(
-        self, plan: Plan, site: str, fewest: int, rows: int, steps: int
-    ) -> tuple[int, NDArray[np.int64], bytes]:
-        """(rows of a site's table, which of them its handler draws, under which private session key).
-
-        All sites' tables have the same number of rows, so that the sum is of equal shares: the attacker's best case.
-        """
-        key = Session.fresh()
-        if self.plan.program == "horizontal.fedavg":
-            order = task_of(plan, self.first, site, key).shuffler().permutation(fewest)
-            return fewest, order[: rows * steps], key
-        if self.plan.program == "horizontal.dpsgd":
-            rate = self.program.params.sampling_rate
-            size = min(fewest, max(rows, round(rows / rate)))
-
-            def drawn(key: bytes) -> NDArray[np.int64]:
-                return np.asarray(poisson_sample(size, rate, task_of(plan, self.first, site, key)), np.int64)
-
-            key = session_where(lambda key: len(drawn(key)) == rows)
-            return size, drawn(key), key
-        return rows, np.arange(rows), key
 
     def _single(self, seen: Seen, num_rows: int, steps: int) -> list[Observation]:
         reveals = find(self.plan.protection.sum).reveals
@@ -244,12 +211,7 @@ class _Audit:
 
     def _mean(self, arrays: Mapping[str, Any], num_rows: int, steps: int) -> NDArray[np.float64]:
         """Arrays of the round's fields as a mean gradient over *num_rows* rows."""
-        vector = np.asarray(arrays[GRADIENT[self.plan.program]], np.float64)
-        if self.plan.program == "horizontal.fedavg":
-            weight = float(arrays["weight"])
-            vector = -vector / (weight if abs(weight) >= 1 else 1.0) / (self.program.params.learning_rate * steps)
-        else:
-            vector = vector / num_rows
+        vector = self.reading.gradient(arrays, num_rows, steps)
         return in_order(self.model, np.clip(np.nan_to_num(vector), -1e30, 1e30))
 
     def _attack(self, rounds: list[Mapping[str, Batch]], seen: list[list[Observation]], title: str) -> list[Leak]:
@@ -322,7 +284,7 @@ class _Audit:
         self, plan: Plan, seen: Seen, tables: Mapping[str, Table], sessions: Mapping[str, bytes]
     ) -> list[NDArray[np.float64]]:
         """What was added to each release that is seen (the sites', or the sum), as it left: flat."""
-        program, name = _program(plan), GRADIENT[plan.program]
+        program, name = _program(plan), self.reading.field
         exact = {s: exact_reply(plan, program, seen, s, table, sessions[s])[name] for s, table in tables.items()}
         if find(plan.protection.sum).reveals:
             return [np.ravel(seen.replies[site][name] - exact[site]) for site in exact]
@@ -338,7 +300,7 @@ class _Audit:
         if self.noise is None or privacy is None or not self.noises:
             return None
         self.tell({"starting": "the noise, with canaries"})
-        norm_l2 = norms(self.plan, self.program, self.first, self.schema)[GRADIENT[self.plan.program]].l2
+        norm_l2 = norms(self.plan, self.program, self.first, self.schema)[self.reading.field].l2
         rate, size = self.noise.rates[self.first.number], self.noises[0].size
         planted = canaries(int(np.clip(5_000_000 // size, 100, 1000)), size, norm_l2, self.random)
         included = self.random.random(len(planted)) < 0.5
@@ -357,10 +319,7 @@ class _Audit:
     def notes(self) -> list[str]:
         """What a reader must know to read the numbers."""
         notes = [f"{self.public_from[0].upper()}{self.public_from[1:]} stand for public data."]
-        if self.plan.program == "horizontal.fedavg" and self.options.local_steps:
-            notes.append("Each update is of the stated local steps: the plan's own may be more, and then tell less.")
-        if self.plan.program == "horizontal.glm":
-            notes.append("This program sums over all rows of a site: a batch stands for a site with so few rows.")
+        notes += self.reading.notes(self.options.local_steps)
         if find(self.plan.protection.sum).reveals:
             notes.append("The protection shows the coordinator each site's own reply.")
         else:

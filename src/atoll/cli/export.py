@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 import typer
 
@@ -17,9 +17,18 @@ from atoll.contract.settings import read_yaml, validate
 from atoll.data.recipe import Prepared
 from atoll.models import stored
 from atoll.models.export import to_onnx
+from atoll.models.model import Predictor
 from atoll.models.trees import Trees
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.results import described
+
+
+@runtime_checkable
+class Whole(Predictor, Protocol):
+    """A model that may lean on installed weights."""
+
+    def whole(self) -> Predictor:
+        """One that does not."""
 
 
 class Format(StrEnum):
@@ -27,42 +36,48 @@ class Format(StrEnum):
 
     onnx = "onnx"
     xgboost = "xgboost"
+    safetensors = "safetensors"
 
 
-NAMED = {Format.onnx: "model.onnx", Format.xgboost: "model.xgboost.json"}
+NAMED = {Format.onnx: "model.onnx", Format.xgboost: "model.xgboost.json", Format.safetensors: "whole"}
 
 
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="The folder model/ of a run's results.")],
     kind: Annotated[
-        Format | None, typer.Option("--format", help="What to write (default: xgboost of trees, else onnx).")
+        Format | None,
+        typer.Option(
+            "--format",
+            help="What to write: onnx, xgboost (of trees, and then the default), or safetensors (of a network on an"
+            " installed base: a folder as MODEL_DIR that needs none, adapters merged).",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where to (default: in MODEL_DIR, model.onnx or model.xgboost.json)."),
+        typer.Option(metavar="PATH", help="Where to (default: in MODEL_DIR, by the format's name)."),
     ] = None,
     allow: Annotated[list[str], typer.Option(help="package.nets:Net that may be imported for it (repeatable).")] = [],  # noqa: B006
 ) -> None:
     """Write a stored model for other languages and runtimes: from a row's own columns to its prediction."""
     fitted, schema, about = stored.load(model, allow)
-    trees = isinstance(fitted, Trees)
-    kind = kind or (Format.xgboost if trees else Format.onnx)
-    if trees != (kind is Format.xgboost):
-        other = "--format xgboost" if trees else "--format onnx"
-        raise PlanError(
-            "export.format",
-            f"a model of this kind is not written as {kind.value}",
-            field="format",
-            remedy=f"use {other}",
-        )
+    kind = kind or (Format.xgboost if isinstance(fitted, Trees) else Format.onnx)
     path = out or model / NAMED[kind]
-    if isinstance(fitted, Trees):
+    if kind is Format.onnx:
+        to_onnx(fitted, schema, path)
+    elif kind is Format.xgboost and isinstance(fitted, Trees):
         from atoll.models.xgboost_json import to_json
 
         path.write_bytes(to_json(fitted, schema, str(about["model"].get("objective") or "")))
+    elif kind is Format.safetensors and isinstance(fitted, Whole):
+        whole = fitted.whole()
+        stored.save(path, {**about, "model": {**about["model"], **described(whole)}}, whole.arrays())
     else:
-        to_onnx(fitted, schema, path)
-    show.out.print(f"written to [bold]{path}[/]: {show.size(path.stat().st_size)}")
+        raise PlanError(
+            "export.format", f"a model of this kind is not written as {kind.value}", field="format",
+            remedy="use --format onnx",
+        )  # fmt: skip
+    written = [path] if path.is_file() else [*path.iterdir()]
+    show.out.print(f"written to [bold]{path}[/]: {show.size(sum(one.stat().st_size for one in written))}")
 
 
 def import_(

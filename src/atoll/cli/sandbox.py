@@ -20,7 +20,7 @@ from atoll.data.sources import SourceSpec
 from atoll.data.table import Table
 from atoll.ledger.verify import verify_file, verify_together
 from atoll.models.allowed import allow, asked_in
-from atoll.privacy.dp.accounting import delta_warning
+from atoll.privacy.dp.noise import delta_warning
 from atoll.runtime.catalogue import load_installed
 from atoll.runtime.checkup import compared
 from atoll.runtime.estimate import LINK, costs, recommended

@@ -36,7 +36,7 @@ from atoll.compression.half import Precision
 from atoll.compression.places import largest
 from atoll.contract.bits import Bytes
 from atoll.contract.errors import AtollError, PlanError, ProtocolError
-from atoll.contract.rounds import APART, Task
+from atoll.contract.rounds import APART, Task, not_taken
 from atoll.contract.wire import Array
 
 Floats = NDArray[np.floating[Any]]
@@ -92,7 +92,7 @@ class Downlink(BaseModel):
         """What a site reads there, [size]; raises ProtocolError."""
         told, read = task.arrays.get("coded"), np.zeros(size, dtype)
         if told is None:
-            raise _missing("coded")
+            raise not_taken("coded")
         _applied(read, told, self.form(dtype), size)
         return _finite(read)
 
@@ -175,7 +175,7 @@ def received(
     a seed. Raises ProtocolError for anything else than weights of the task's digest."""
     version, wanted = task.arrays.get("version"), task.arrays.get("digest")
     if version is None or wanted is None or version.dtype != np.int64 or version.shape != (2,) or min(version) < 0:
-        raise _missing("version")
+        raise not_taken("version")
     seed, number = int(version[0]), int(version[1])
     has = int(state.get("held version", -1))
     whole, changes, sizes = (task.arrays.get(APART + name) for name in ("whole", "changes", "sizes"))
@@ -183,10 +183,10 @@ def received(
         held = np.zeros(size, dtype)
         _applied(held, whole, Form(words=dtype.itemsize, lossless=rule.lossless), size)
     elif changes is None or sizes is None or sizes.dtype != np.int64 or sizes.ndim != 1 or (sizes < 0).any():
-        raise _missing("changes")
+        raise not_taken("changes")
     else:
         if sizes.sum() != len(changes) or len(sizes) > number:
-            raise _missing("changes")
+            raise not_taken("changes")
         before = number - len(sizes)
         if has < before and before > 0:
             raise ProtocolError("compression.no-base", "a task says how a model changed that the site does not have",
@@ -235,9 +235,5 @@ def _applied(held: Floats, message: Array, form: Form, most: int) -> None:
 
 def _finite(model: Floats) -> Floats:
     if not np.isfinite(model).all():
-        raise _missing("weights")
+        raise not_taken("weights")
     return model
-
-
-def _missing(name: str) -> ProtocolError:
-    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atoll.contract.errors import ProtocolError
+from atoll.contract.rounds import not_taken
 from atoll.contract.wire import Array
 
 Floats = NDArray[np.float64]
@@ -117,7 +117,7 @@ class LowRank:
         would be beyond what it declares."""
         found = self.parts(factors, sizes)
         if any((np.linalg.norm(part, axis=0) > 1.001).any() for part in found):
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="directions")
+            raise not_taken("directions")
         return found
 
     def left(self, change: Floats, right: Floats) -> Floats:

@@ -33,7 +33,7 @@ from atoll.compression.known import Known
 from atoll.compression.places import Indices, largest
 from atoll.contract.bits import Bytes
 from atoll.contract.errors import AtollError, PlanError, ProtocolError
-from atoll.contract.rounds import Task
+from atoll.contract.rounds import Task, not_taken
 from atoll.contract.wire import Array
 
 FINE = 1e-9
@@ -149,11 +149,11 @@ class Compression(BaseModel):
         """The coordinates [k] that a task says, in order; raises ProtocolError."""
         draw, best = task.arrays.get("draw"), np.zeros(0, np.int64)
         if draw is None or draw.dtype != np.int64 or draw.shape != (2,) or min(draw) < 0:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="draw")
+            raise not_taken("draw")
         if self._fixed(size):
             best = coded.decode(task.arrays.get("best", np.zeros(0)), size, PLACES)[0]
             if len(best) != self._fixed(size):
-                raise ProtocolError("task.array", "a task's array is not what the handler takes", field="best")
+                raise not_taken("best")
         return self._with_drawn(best, size, int(draw[0]), int(draw[1]))
 
     def _fixed(self, size: int) -> int:

@@ -45,8 +45,9 @@ class Choice(BaseModel):
 class Terms:
     """What all parties agree on before a round; it enters every key's label and every signature.
 
-    roster: the run's public identity keys (raw) by site, ordered by name. roster_hash: of it. cohort: the sites among
-    whose replies the sum is made, ordered by name: all of the roster, where a round is not one of some. attempt:
+    roster: the run's public identity keys (raw) by site, ordered by name. agreed: digest of the run's plan and
+    roster: a site that was told another plan makes other keys, and is in no sum. cohort: the sites among whose
+    replies the sum is made, ordered by name: all of the roster, where a round is not one of some. attempt:
     how often the coordinator began the round anew. min_sites: fewest whose sum the plan accepts. question: digest of
     what the program asks in this round, the same of every site: else one site's reply could be added to known ones.
     """
@@ -55,7 +56,7 @@ class Terms:
     round: int
     attempt: int
     roster: Mapping[str, bytes]
-    roster_hash: str
+    agreed: str
     min_sites: int
     choice: Choice
     question: str = ""
@@ -67,10 +68,10 @@ class Terms:
         return tuple(self.roster) if self.some is None else self.some
 
     def label(self, *parts: str | int) -> tuple[str | int, ...]:
-        """Names one purpose within this attempt at this round of this cohort, and its question, of this run among this
-        roster."""
+        """Names one purpose within this attempt at this round of this cohort, and its question, of this run by this
+        plan among this roster."""
         some = () if self.some is None else ("of", str(len(self.some)), *self.some)
-        return (self.run, self.roster_hash, self.round, self.attempt, self.question, *some, *parts)
+        return (self.run, self.agreed, self.round, self.attempt, self.question, *some, *parts)
 
 
 class Received(Protocol):

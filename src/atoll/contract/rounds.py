@@ -1,4 +1,4 @@
-"""What a program asks for: a Round, the reduction it needs, and the fields it expects.
+"""What a program asks for: a Round, the reduction it needs, and the fields it expects (see ``contract/fields.py``).
 
 A program's coordinator half is a generator. It yields a :class:`Round` and is sent
 the reduced result; it never sees a socket, a thread, a clock or a file:
@@ -12,114 +12,20 @@ Also yielded: :class:`Together` (rounds at the same time), :class:`Metrics` (to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.errors import ProtocolError
-from atoll.contract.wire import DTYPES, Array, ArraySpec, Json
-
-# ---------------------------------------------------------------- fields
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """What one named array of a reply must be.
-
-    shape: exact shape; a leading None means "any length", up to *limit_bytes*.
-    bound: every |element| a *single site* sends is at most this; None when not bounded.
-    step: resolution; a protection may round elements to multiples of it.
-    """
-
-    dtype: str
-    shape: tuple[int | None, ...] = ()
-    bound: float | None = None
-    step: float | None = None
-    limit_bytes: int = 0
-
-    @property
-    def size_bytes(self) -> int:
-        """Most bytes that this field may take."""
-        sizes = [size for size in self.shape if size is not None]
-        return self.limit_bytes if None in self.shape else math.prod(sizes) * int(self.dtype[2:])
-
-    def check(self, name: str, spec: ArraySpec) -> None:
-        """Raise ProtocolError unless *spec* is what this field declares. Reads no data."""
-        if spec.dtype != self.dtype:
-            raise ProtocolError("reply.dtype", f"dtype {spec.dtype} instead of {self.dtype}", field=name)
-        open_ended = bool(self.shape) and self.shape[0] is None
-        same = len(spec.shape) == len(self.shape) and spec.shape[open_ended:] == self.shape[open_ended:]
-        if not same or (open_ended and spec.size_bytes > self.limit_bytes):
-            raise ProtocolError("reply.shape", f"shape {spec.shape} instead of {self.shape}", field=name)
-
-    @staticmethod
-    def check_finite(name: str, values: Array, *, undefined: bool = False) -> None:
-        """Raise ProtocolError for infinity, or for NaN unless *undefined* values (a metric of no rows) may be told."""
-        finite = np.isfinite(values)
-        if not (finite | (np.isnan(values) if undefined else False)).all():
-            raise ProtocolError(
-                "reply.not-finite",
-                "a reply holds NaN or infinity",
-                field=name,
-                remedy="look for missing cells, a learning rate that is too high, or an overflow",
-            )
-
-    def check_values(self, name: str, values: Array, *, undefined: bool = False) -> None:
-        """As :meth:`check_finite`, and for elements beyond the bound (to the accuracy of float32)."""
-        self.check_finite(name, values, undefined=undefined)
-        if self.bound is not None and values.size and values.dtype.kind in "fiu":
-            limit = self.bound * (1 + 1e-6)
-            if float(values.max()) > limit or float(values.min()) < -limit:
-                raise ProtocolError(
-                    "reply.bound", "a reply holds a value beyond its declared bound", field=name,
-                    remedy="the site does not keep the protocol: do not go on with it",
-                )  # fmt: skip
-
-    def to_json(self) -> list[Json]:
-        """As sent in a task, so that the site can check before anything leaves."""
-        return [self.dtype, list(self.shape), self.bound, self.step, self.limit_bytes]
-
-    @staticmethod
-    def from_json(value: Json) -> Field:
-        """Inverse of :meth:`to_json`; raises ProtocolError on anything else."""
-        match value:
-            case [str(dtype), list(shape), bound, step, int(limit_bytes)] if dtype in DTYPES:
-                sizes = shape[1:] if shape and shape[0] is None else shape
-                numbers = all(n is None or (isinstance(n, int | float) and n >= 0) for n in (bound, step))
-                if numbers and all(type(n) is int and n >= 0 for n in sizes):
-                    return Field(dtype, tuple(shape), bound, step, limit_bytes)
-        raise ProtocolError("task.field", "a task declares a malformed reply field")
-
-
-def _shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
-
-
-def real(
-    shape: int | tuple[int, ...] = (), *, bound: float | None = None, step: float | None = None, dtype: str = "<f8"
-) -> Field:
-    """A real-valued field: |element| ≤ *bound* at each site, to a resolution of *step*."""
-    return Field(dtype, _shape(shape), bound, step)
-
-
-def count(shape: int | tuple[int, ...] = (), *, bound: int | None = None) -> Field:
-    """A field of counts (int64)."""
-    return Field("<i8", _shape(shape), bound, 1)
-
-
-def withheld(shape: int | tuple[int, ...] = ()) -> Field:
-    """The field in which a site's gate marks cells that it withheld (see ``contract.disclosure.Cells``)."""
-    return Field("|u1", _shape(shape), 1, 1)
-
-
-def opaque(limit_bytes: int) -> Field:
-    """A byte string (uint8, any length up to *limit_bytes*), such as a sealed envelope."""
-    return Field("|u1", (None,), 255, 1, limit_bytes=limit_bytes)
-
+from atoll.contract.fields import Field as Field
+from atoll.contract.fields import count as count
+from atoll.contract.fields import opaque as opaque
+from atoll.contract.fields import real as real
+from atoll.contract.fields import withheld as withheld
+from atoll.contract.wire import Array, Json
 
 # ---------------------------------------------------------------- reductions
 
@@ -262,6 +168,16 @@ class Round:
     schema: Any = None
 
 
+APART = "apart: "
+"""Marks, in ``send_to``, arrays in which sites may differ though they are asked the same: ways to one thing whose
+digest is among what all are sent, and which a handler checks. They are no part of a round's question."""
+
+
+def alike(sent: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a round's arrays all sites are sent alike."""
+    return {name: value for name, value in sent.items() if not name.startswith(APART)}
+
+
 @dataclass(frozen=True, slots=True)
 class Together:
     """Rounds that are asked at the same time; answered by the tuple of their results, in the same order."""
@@ -332,6 +248,24 @@ def _no_secret(_: str) -> Secret:
     raise ProtocolError("task.no-secret", "this task has no secret randomness")
 
 
+def not_taken(name: str) -> ProtocolError:
+    """The one error for a task's array that is not what its handler takes."""
+    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
+
+
+def taken(sent: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """What was sent under *name*: finite reals of exactly *shape*, as float64.
+
+    A handler takes nothing else: an array of another shape would be broadcast, and a sum over
+    rows become row by row. Raises ProtocolError.
+    """
+    array = sent.get(name)
+    real = array is not None and array.dtype in (np.float64, np.float32)
+    if array is None or not real or array.shape != shape or not np.isfinite(array).all():
+        raise not_taken(name)
+    return array.astype(np.float64, copy=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One site's request, as its handler sees it. secret(label): random bytes for sampling in secret, one stream for
@@ -343,16 +277,8 @@ class Task:
     secret: Callable[[str], Secret] = _no_secret
 
     def take(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float64]:
-        """What was sent under *name*: finite reals of exactly *shape*, as float64.
-
-        A handler takes nothing else: an array of another shape would be broadcast, and a sum over
-        rows become row by row. Raises ProtocolError.
-        """
-        array = self.arrays.get(name)
-        real = array is not None and array.dtype in (np.float64, np.float32)
-        if array is None or not real or array.shape != shape or not np.isfinite(array).all():
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
-        return array.astype(np.float64, copy=False)
+        """As :func:`taken`, of what was sent with the task."""
+        return taken(self.arrays, name, shape)
 
     def shuffler(self) -> np.random.Generator:
         """Randomness for shuffling rows: a function of (plan seed, site, round) alone, so that
@@ -362,61 +288,3 @@ class Task:
 
 Reply = Mapping[str, Any]
 """What a handler returns: one value per declared field (arrays, or scalars)."""
-
-
-APART = "apart: "
-"""Marks, in ``send_to``, arrays in which sites may differ though they are asked the same: ways to one thing whose
-digest is among what all are sent, and which a handler checks. They are no part of a round's question."""
-
-
-def alike(sent: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a round's arrays all sites are sent alike."""
-    return {name: value for name, value in sent.items() if not name.startswith(APART)}
-
-
-def as_arrays(reply: Mapping[str, Any], fields: Mapping[str, Field]) -> dict[str, NDArray[Any]]:
-    """A handler's reply as arrays of exactly the declared fields, dtypes and shapes.
-
-    Raises ProtocolError for missing or additional fields, wrong shapes, values that are not
-    numbers or do not fit the dtype, and reals given where counts are declared.
-    """
-    if set(reply) != set(fields):
-        odd = sorted(set(reply) ^ set(fields))
-        raise ProtocolError("reply.fields", "a handler's reply has other fields than declared", field=", ".join(odd))
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, declared in fields.items():
-        try:
-            value = np.asarray(reply[name])
-        except ValueError:  # ragged lists
-            raise ProtocolError("reply.shape", "a handler gave no array", field=name) from None
-        if value.dtype.kind not in "fiub":
-            raise ProtocolError("reply.dtype", "a handler gave values that are not numbers", field=name)
-        if value.dtype.kind == "f" and np.dtype(declared.dtype).kind in "iu":
-            raise ProtocolError("reply.dtype", "a handler gave reals where counts are declared", field=name)
-        array = np.ascontiguousarray(value, dtype=declared.dtype).reshape(value.shape)
-        if array.dtype.kind in "iub" and array.dtype != value.dtype and not np.array_equal(array, value):
-            raise ProtocolError("reply.dtype", f"a handler gave values beyond {declared.dtype}", field=name)
-        declared.check(name, ArraySpec(name, declared.dtype, array.shape))
-        arrays[name] = array
-    return arrays
-
-
-def for_members(fields: Mapping[str, Field], members: int) -> dict[str, Field]:
-    """*fields* where up to *members* sites stand behind one name: the bounds hold for the sum of so many."""
-    return {n: f if f.bound is None else replace(f, bound=f.bound * members) for n, f in fields.items()}
-
-
-def clip(arrays: dict[str, Array], fields: Mapping[str, Field]) -> tuple[dict[str, Array], int]:
-    """Every element within its declared bound, and how many were not."""
-    clipped = 0
-    bounded: dict[str, Array] = {}
-    for name, array in arrays.items():
-        bound = fields[name].bound
-        if bound is not None and array.dtype.kind in "fiu" and array.size:
-            low = 0 if array.dtype.kind == "u" else -bound  # abs(-2**63) is negative
-            beyond = int(((array > bound) | (array < low)).sum())
-            if beyond:
-                array = np.clip(array, low, bound).astype(array.dtype)
-            clipped += beyond
-        bounded[name] = array
-    return bounded, clipped

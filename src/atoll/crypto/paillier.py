@@ -123,12 +123,6 @@ class PublicKey:
 
         return Ciphertexts(spread(products, len(first)), self.ciphertext_bytes)
 
-    def add_plain(self, ciphertexts: Ciphertexts, cells: Sequence[int]) -> Ciphertexts:
-        """Add known *cells*, each in [0, n). Nothing is randomised anew: who has the operand learns the cells."""
-        if len(ciphertexts) != len(cells):
-            raise _malformed("and the cells to add to them are of different numbers")
-        return _encrypted(self, cells, ciphertexts.values)
-
     def to_bytes(self) -> bytes:
         """n, then hs in twice its width, little-endian."""
         size = -(-self.bits // 8)

@@ -104,6 +104,11 @@ def load_key(pem: bytes, field: str = "tls.key") -> ec.EllipticCurvePrivateKey:
     return key
 
 
+def clock() -> str:
+    """What this machine's clock says, as it is told in errors."""
+    return f"{now():%Y-%m-%d %H:%M} UTC"
+
+
 def expired(certificate_pem: bytes) -> bool:
     """True once the certificate's end has passed."""
     return now() > x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc
@@ -237,10 +242,11 @@ def _usage(*, sign_certificates: bool) -> x509.KeyUsage:
 
 
 def needs_renewal(certificate_pem: bytes, at: dt.datetime | None = None) -> bool:
-    """True once less than a third of the certificate's lifetime is left."""
+    """True once less than a third of the certificate's lifetime is left, and while it is none yet, as one that was made
+    by a clock that was ahead."""
     certificate = x509.load_pem_x509_certificate(certificate_pem)
     start, end = certificate.not_valid_before_utc + EARLY, certificate.not_valid_after_utc
-    return (at or now()) > end - (end - start) / 3
+    return not start - EARLY <= (at or now()) <= end - (end - start) / 3
 
 
 # ---------------------------------------------------------------- join tokens
@@ -323,6 +329,7 @@ class JoinToken:
             ) from None
         if token.expires + EARLY.total_seconds() < now().timestamp():
             raise IntegrityError(
-                "token.expired", "the join token has expired", field="token", remedy="ask for a new invitation"
-            )
+                "token.expired", f"by this machine's clock, {clock()}, the join token has expired", field="token",
+                remedy="if the clock is right, ask for a new invitation",
+            )  # fmt: skip
         return token

@@ -62,7 +62,7 @@ def pieces_of(vector: Array, streams: Sequence[Stream]) -> Iterator[tuple[int, A
     The bytes are in the same memory each time: use them before asking for the next.
     """
     step = CHUNK_BYTES // (vector.nbytes // len(vector)) if len(vector) else 1
-    scratch = memoryview(bytearray(CHUNK_BYTES))
+    scratch = memoryview(bytearray(min(CHUNK_BYTES, vector.nbytes)))
     for start in range(0, len(vector), step):
         piece = vector[start : start + step]
         view = scratch[: piece.nbytes]

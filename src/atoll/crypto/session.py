@@ -35,7 +35,13 @@ class Session:
     @staticmethod
     def fresh() -> bytes:
         """A new private key."""
-        return X25519PrivateKey.generate().private_bytes_raw()
+        return Session.fresh_pair()[0]
+
+    @staticmethod
+    def fresh_pair() -> tuple[bytes, bytes]:
+        """A new key: (private, public)."""
+        key = X25519PrivateKey.generate()
+        return key.private_bytes_raw(), key.public_key().public_bytes_raw()
 
     def pair(self, other: bytes, *purpose: str | int | bytes) -> bytes:
         """A 32-byte key that only this party and the holder of *other* have. Raises IntegrityError for a
@@ -68,16 +74,17 @@ class Session:
         return "Session()"
 
 
-def claim(run: str, roster: str, site: str, public: bytes) -> bytes:
-    """What an identity signs of a session key: it is *site*'s, in this run, among this roster (its hash)."""
-    return label("atoll session 1", run, roster, site, public)
+def claim(run: str, agreed: str, site: str, public: bytes) -> bytes:
+    """What an identity signs of a session key: it is *site*'s, in this run, by this plan among this roster (their
+    digest)."""
+    return label("atoll session 1", run, agreed, site, public)
 
 
-def check_claim(signed: bytes, run: str, roster: str, site: str, identity: bytes) -> bytes:
+def check_claim(signed: bytes, run: str, agreed: str, site: str, identity: bytes) -> bytes:
     """The public session key in *signed* (key, then signature), after checking that *site*'s identity signed it
-    for this run and roster; raises IntegrityError otherwise."""
+    for this run, plan and roster; raises IntegrityError otherwise."""
     try:
-        verify(identity, signed[PUBLIC_BYTES:], claim(run, roster, site, signed[:PUBLIC_BYTES]))
+        verify(identity, signed[PUBLIC_BYTES:], claim(run, agreed, site, signed[:PUBLIC_BYTES]))
     except IntegrityError:
         raise IntegrityError(
             "session.not-signed", "a session key is not signed by its site's approved identity for this run",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +36,19 @@ def _tables() -> tuple[Bytes, NDArray[np.int64]]:
 _POWER, _LOG = _tables()
 
 
+def _products() -> Bytes:
+    """Of any two bytes, [256, 256]."""
+    found: Bytes = _POWER[_LOG[:, None] + _LOG]
+    found[0, :] = found[:, 0] = 0
+    return found
+
+
+_PRODUCT = _products()
+
+
 def _times(a: Bytes, b: Bytes) -> Bytes:
-    product: Bytes = _POWER[_LOG[a] + _LOG[b]]
-    return np.where((a == 0) | (b == 0), np.uint8(0), product)
+    product: Bytes = _PRODUCT[a, b]
+    return product
 
 
 def split(secret: bytes, threshold: int, holders: Sequence[int]) -> dict[int, bytes]:
@@ -61,8 +72,10 @@ def split(secret: bytes, threshold: int, holders: Sequence[int]) -> dict[int, by
     return {x: values[i].tobytes() for i, x in enumerate(holders)}
 
 
-def weights(holders: Sequence[int]) -> Bytes:
-    """Lagrange weights at zero, [len(holders)]: the secret is Σ weight · share."""
+@lru_cache(maxsize=256)
+def weights(holders: tuple[int, ...]) -> Bytes:
+    """Lagrange weights at zero, [len(holders)]: the secret is Σ weight · share. Kept, as every round has the same
+    holders."""
     xs = np.array(holders, np.uint8)
     top = np.broadcast_to(xs[None, :], (len(xs), len(xs))).copy()
     bottom = xs[None, :] ^ xs[:, None]
@@ -70,6 +83,7 @@ def weights(holders: Sequence[int]) -> Bytes:
     np.fill_diagonal(bottom, 1)
     logs = (_LOG[top] - _LOG[bottom]).sum(axis=1) % 255
     found: Bytes = _POWER[logs]
+    found.flags.writeable = False
     return found
 
 
@@ -82,4 +96,4 @@ def combine(shares: Mapping[int, bytes]) -> bytes:
     if not shares or len({len(share) for share in shares.values()}) != 1:
         raise ProtocolError("shamir.shares", "shares are missing or of different lengths", field="shares")
     rows = np.stack([np.frombuffer(share, np.uint8) for share in shares.values()])
-    return bytes(np.bitwise_xor.reduce(_times(rows, weights(list(shares))[:, None]), axis=0).tobytes())
+    return bytes(np.bitwise_xor.reduce(_times(rows, weights(tuple(shares))[:, None]), axis=0).tobytes())

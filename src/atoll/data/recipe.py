@@ -108,6 +108,11 @@ class Prepared:
             schema = self.steps[number].after(schema)
         return schema
 
+    def seen(self, schema: TableSchema, view: Mapping[str, Fitted]) -> TableSchema:
+        """The schema after what :meth:`prepare` does with *view*."""
+        waits = (number for number, step in enumerate(self.steps) if step.needs() and str(number) not in view)
+        return self.schema(schema, range(next(waits, len(self.steps))))
+
     def data_classes(
         self, schema: TableSchema, named: Callable[[str], Classes] = lambda _: frozenset(),
         source: Mapping[str, str] | None = None,

@@ -14,7 +14,7 @@ import numpy as np
 
 from atoll.contract.errors import PolicyError, ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler, handler_of
-from atoll.contract.rounds import Gather, Reply, Round, Steps, Task, real
+from atoll.contract.rounds import Gather, Reply, Round, Steps, Task, not_taken, real
 from atoll.horizontal.local import Kept, Local, still
 from atoll.models.model import Model
 from atoll.statistics.evaluation import asked_of, own_metrics
@@ -53,7 +53,7 @@ class Alone:
                 remedy="the coordinator does not keep the plan: do not go on with it",
             )  # fmt: skip
         if asked is None or asked.shape != () or asked.dtype != np.int64 or not 0 <= int(asked) <= p.rounds:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="rounds")
+            raise not_taken("rounds")
         site.state["alone"] = np.array(1)
         weights, examples = task.take("weights", (len(model.weights),)), self._kept.examples(site.table)
         nothing = dict.fromkeys(own_metrics(model), np.nan)

@@ -25,9 +25,9 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import Field
 
-from atoll.contract.errors import DisclosureError, ProtocolError
+from atoll.contract.errors import DisclosureError
 from atoll.contract.program import Cohort, SiteView, handler, program
-from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, real
+from atoll.contract.rounds import Checkpoint, Metrics, Reply, Round, Steps, Sum, Task, not_taken, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, within
 from atoll.contract.wire import Array
@@ -115,7 +115,7 @@ class DpSgd:
         weights, total = task.take("weights", model.weights.shape), np.zeros(model.weights.shape)
         clip, within_clip = float(task.take("clip", ())), 0.0
         if clip <= 0:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="clip")
+            raise not_taken("clip")
         sample = poisson_sample(len(site.table), p.sampling_rate, task)
         if 0 < len(sample) < site.min_group_size:
             raise DisclosureError(

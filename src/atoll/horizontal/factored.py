@@ -10,7 +10,6 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from atoll.compression.link import Link
 from atoll.compression.lowrank import LowRank
@@ -23,12 +22,10 @@ from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
 from atoll.horizontal.local import Local
-from atoll.models.model import Model
+from atoll.horizontal.payload import Payload
 
 State = dict[str, Array]
 Collecting = Generator[Any, Any, tuple[Update, tuple[str, ...]]]
-THIN = 2.0**-25
-"""Resolution of a low-rank factor, of the largest that it can be: it fits a ring of 32 bits for some sixty sites."""
 
 
 class Factored:
@@ -36,36 +33,23 @@ class Factored:
 
     params: Any
     link: Link
-    _matrices: tuple[Model, LowRank] | None = None
 
-    def model(self, schema: Any) -> Model:
-        raise NotImplementedError
-
-    def _moving(self, model: Model) -> NDArray[np.int64]:
-        raise NotImplementedError
-
-    def _most(self, schema: TableSchema) -> float:
-        raise NotImplementedError
-
-    def _fields_of(
-        self, shapes: Mapping[str, tuple[tuple[int, ...], float]], most: float, model: Model, exact: bool
-    ) -> dict[str, Declared]:
+    def payload(self, schema: TableSchema) -> Payload:
         raise NotImplementedError
 
     # -- at the coordinator
 
     def _factored(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State) -> Collecting:
         """A round of low-rank changes: the sum of P, then that of Q, of the sites that are in the first."""
-        p, model, link = self.params, self.model(cohort.schema), self.link
-        factors, names = self._low_rank(model), tuple(name for name in fields if name != "weight")
+        p, link, payload = self.params, self.link, self.payload(cohort.schema)
+        factors, names = self._low_rank(payload), tuple(name for name in fields if name != "weight")
         begin = {**sent, "right": link.right}
         first = yield Round("train", Sum(), fields, begin, link.apart, draw=p.sites_per_round, paced=True)
         update = Update.from_sum(first, names)
         mean = update.values["weights"] / max(update.weight, 1e-12)
         ends = sum(factors.lefts)
         left = factors.orthonormal(mean[:ends], factors.lefts)
-        shapes, most = {"right": ((sum(factors.rights),), p.clip * factors.longest[1])}, self._most(cohort.schema)
-        wanted = self._fields_of(shapes, most, model, cohort.exact)
+        wanted = payload.fields_of({"right": ((sum(factors.rights),), p.clip * factors.longest[1])}, cohort.exact)
         asked, among = first.cohort or first.sites, first.cohort is not None
         second = yield Round("train_right", Sum(), wanted, {"left": left}, sites=asked, among=among)
         right = second["right"] / max(float(second["weight"]), 1e-12)
@@ -73,26 +57,18 @@ class Factored:
         change = factors.joined(left, right, mean[ends:])
         return Update({**update.values, "weights": change * update.weight}, update.weight), second.sites
 
-    def _factors(self, model: Model) -> LowRank | None:
-        """How its weights that travel are parts of matrices, where the plan says a rank."""
-        rank = self.params.compress.rank
-        if rank is not None and (self._matrices is None or self._matrices[0] is not model):
-            shapes = {name: array.shape for name, array in model.arrays().items() if name in model.layers}
-            self._matrices = (model, LowRank.of(shapes, model.layers, self._moving(model), rank))
-        return self._matrices[1] if self._matrices else None
-
-    def _low_rank(self, model: Model) -> LowRank:
-        """As :meth:`_factors`; raises ProtocolError where the plan says none."""
-        if (found := self._factors(model)) is None:
+    def _low_rank(self, payload: Payload) -> LowRank:
+        """Its factors; raises ProtocolError where the plan says no rank."""
+        if payload.factors is None:
             raise ProtocolError("task.order", "the plan has no low-rank rounds", field="train_right",
                                 remedy="the coordinator does not keep the plan: do not go on with it")  # fmt: skip
-        return found
+        return payload.factors
 
     # -- at a site
 
     def _left(self, at: Local, change: Array) -> Array:
         """What of a site's *change* leaves first: Mᵢ Q, and what is in no matrix; the rest is kept."""
-        factors, clip = self._low_rank(at.model), self.params.clip
+        factors, clip = self._low_rank(self.payload(at.site.table.schema)), self.params.clip
         sent: Array = factors.left(np.clip(change, -clip, clip), at.task.take("right", (sum(factors.rights),)))
         change[factors.dense] -= sent[sum(factors.lefts) :]
         self.params.compress.kept(change, at.site.state, at.model.dtype)
@@ -104,15 +80,16 @@ class Factored:
             site.state["counts"] = np.array(weight)
 
     def _right(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
-        factors, most = self._low_rank(self.model(schema)), self._most(schema)
+        payload = self.payload(schema)
+        factors, most = self._low_rank(payload), payload.most
         each = touches(sum(factors.rights), self.params.clip * factors.longest[1]) * most
         return {"right": each, "weight": touches(1, most)}
 
     @handler("train_right", site=_right)
     def train_right(self, site: SiteView, task: Task) -> Reply:
         """At the site: how far its last change lies in each of the directions that all sites' changes have most of."""
-        model, p = self.model(site.table.schema), self.params
-        factors, state = self._low_rank(model), site.state
+        p, payload, state = self.params, self.payload(site.table.schema), site.state
+        factors = self._low_rank(payload)
         if "counts" not in state:
             raise ProtocolError("task.order", "Q is asked for after P", field="train_right",
                                 remedy="the coordinator does not keep the protocol: do not go on with it")  # fmt: skip
@@ -124,6 +101,6 @@ class Factored:
         right, rest = factors.right(change, left)
         rest += kept - change
         rest[factors.dense] = kept[factors.dense]
-        state["residual"] = rest.astype(model.dtype)
+        state["residual"] = rest.astype(payload.model.dtype)
         bound = p.clip * factors.longest[1]
         return {"right": np.clip(right, -bound, bound) * weight, "weight": weight}

@@ -9,11 +9,13 @@ is ready, and nothing else. As soon as K are, "hand_in" is one Sum among exactly
 which the sites themselves apply s(τ): single changes stay hidden under every protection of sums. What the coordinator
 learns: who was ready when, and the mean of each buffer (each site's change under ``plain``). Threat model: a curious
 coordinator; an active one could begin sites with other weights, or make all but one too old to count, so plans with
-``adversary: active`` are refused. A site forgets a change that it handed in: nothing of it leaves twice.
-Dropout: of a site that trains: it is asked again when it comes
-back, and what it does then is as old as it is; of one that is ready: the sum is of the others, and it begins anew.
-Cost: one round trip of the model's size per site and change, and two short ones. No differential privacy: who is ready
-when, and so how many sums there are, cannot be told beforehand.
+``adversary: active`` are refused without ``privacy``. A site forgets a change that it handed in: nothing of it leaves
+twice. Dropout: of a site that trains: it is asked again when it comes back, and what it does then is as old as it is;
+of one that is ready: the sum is of the others, and it begins anew.
+Cost: one round trip of the model's size per site and change, and two short ones. Differential privacy (unit site):
+there are as many sums as steps, each among K sites of which at least the cohort's ``min_sites`` are left, and shares of
+the noise are of so many. Who is in which sum is decided on the way, so each site is charged as if it were in all up to
+the one that it answers. That it was ready, and when, is told without noise: as of any answer, its time is no secret.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler, program
 from atoll.contract.rounds import Field as Declared
-from atoll.contract.rounds import Ready, Reply, Round, Sum, Task
+from atoll.contract.rounds import Ready, Reply, Round, Sum, Task, not_taken
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
 from atoll.horizontal.fedavg import FedAvg
@@ -154,7 +156,7 @@ class FedBuff(FedAvg):
         """The coordinator's step, as it is told; raises ProtocolError for one that the plan does not lead to."""
         version = float(task.take("version", ()))
         if not (0 <= version < self.params.rounds and version.is_integer()):
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="version")
+            raise not_taken("version")
         return version
 
     @handler("hand_in", site=FedAvg._per_site)
@@ -171,7 +173,7 @@ class FedBuff(FedAvg):
         model, examples = self.model(site.table.schema), self._kept.examples(site.table)
         scale = self.params.staleness.of(age)
         if not found or not scale:
-            return Update.zero_like({n: np.zeros(shape) for n, (shape, _) in self._shapes(model).items()}).reply()
+            return Update.zero_like(self.payload(site.table.schema).zeros()).reply()
         at = Local(self.params, model, examples, site, task, still(model, self.params.freeze))
         return self.handed(at, {}, {**found, "weights": found["weights"] * scale})
 

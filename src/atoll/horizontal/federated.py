@@ -12,7 +12,6 @@ training diverges drops out. Cost: one round trip of the model's size per round 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -26,10 +25,10 @@ from atoll.aggregation.suspicion import Evidence
 from atoll.compression.downlink import received
 from atoll.compression.known import Known
 from atoll.compression.link import Link
-from atoll.compression.update import FINE, Compression
+from atoll.compression.update import Compression
 from atoll.contract.capabilities import Capabilities
 from atoll.contract.disclosure import check_groups
-from atoll.contract.errors import PlanError, PolicyError, ProtocolError, refuse_all
+from atoll.contract.errors import PlanError, PolicyError, refuse_all
 from atoll.contract.program import Cohort, SiteView, handler
 from atoll.contract.rounds import (
     Checkpoint,
@@ -39,19 +38,19 @@ from atoll.contract.rounds import (
     Steps,
     Sum,
     Task,
-    count,
-    opaque,
 )
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.schema import TableSchema
-from atoll.contract.sensitivity import Norms, touches, within
+from atoll.contract.sensitivity import Norms
 from atoll.contract.updates import Update
 from atoll.contract.wire import Array
 from atoll.horizontal.alone import Alone
-from atoll.horizontal.factored import THIN, Factored
 from atoll.horizontal.factored import Collecting as Collecting
+from atoll.horizontal.factored import Factored
 from atoll.horizontal.factored import State as State
-from atoll.horizontal.local import Kept, Local, LocalParams, diverged, layers_of, still
+from atoll.horizontal.local import Kept, Local, LocalParams, layers_of, still
+from atoll.horizontal.payload import Payload, narrowed
+from atoll.horizontal.personal import Personal
 from atoll.horizontal.single import Single
 from atoll.horizontal.stopping import LOSS, Stop, Watch
 from atoll.models.linear import named
@@ -95,18 +94,17 @@ class FederatedParams(LocalParams):
         return np.clip(self.scaled(change), -self.clip, self.clip)
 
 
-class Federated(Alone, Factored, Single):
+class Federated(Alone, Factored, Personal, Single):
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
     "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
 
     declared: ClassVar[Capabilities]
     told: ClassVar[tuple[str, ...]] = ("weights",)
-    personal: ClassVar[bool] = False
     gaps: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
-        self._places: tuple[Model, NDArray[np.int64]] | None = None
+        self._payload: Payload | None = None
 
     @property
     def capabilities(self) -> Capabilities:
@@ -146,31 +144,26 @@ class Federated(Alone, Factored, Single):
         summed "weight"; share: of the cohort that is in it."""
         raise NotImplementedError
 
-    def mine(self, at: Local, sent: State) -> Array:
-        """Of personalised learning: a site's own weights [num_weights], when these were sent last."""
-        raise NotImplementedError
-
     # -- at the coordinator
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "history": mean local loss by round, and a linear model's "coefficients"}."""
-        model, p, most = self.model(cohort.schema), self.params, self._most(cohort.schema)
+        model, p, payload = self.model(cohort.schema), self.params, self.payload(cohort.schema)
         refuse_all(PlanError, "plan.refused", p.compress.conflicts(p.aggregate.rule, p.aggregate.groups is not None))
         state = dict(start) if start else self.begin(model, cohort)
         history = state.pop("history", np.empty(0)).tolist()
-        moving = self._moving(model)
+        moving, first = payload.moving, self._all(model, state)
         known = Known(len(moving), cohort.seed).resumed(state)
-        factors, first = self._factors(model), self._all(model, state)
-        link = self.link = Link(p.compress, first, cohort.seed, cohort.sites, factors).resumed(state)
+        link = self.link = Link(p.compress, first, cohort.seed, cohort.sites, payload.factors).resumed(state)
         self.evidence = Evidence(cohort.sites, cohort.seed, p.aggregate.single, not p.compress.common).resumed(state)
         watch = self._watch(model).resumed(state)
-        fields = self._fields(model, most, cohort.exact)
+        fields = payload.fields(cohort.exact)
         for number in range(len(history), p.rounds):
             support = p.compress.support(known, cohort.seed, number)
             sent = {**self._told(model, state, number), **p.compress.telling(known, p.clip, cohort.seed, number)}
-            wanted = self._narrowed(fields, p.compress.reach(known, p.clip) / p.clip)
+            wanted = narrowed(fields, p.compress.reach(known, p.clip) / p.clip)
             update, sites = yield from self.collect(cohort, wanted, sent, number, state)
-            link.answered(sites, self._numbers(model))
+            link.answered(sites, payload.size)
             certain = cohort.exact and not self.gaps and p.sites_per_round is None  # that somebody has rows
             some = update if certain else replace(update, weight=max(update.weight, 1.0))
             mean = {**some.mean(), "weight": np.array(update.weight)}
@@ -184,7 +177,7 @@ class Federated(Alone, Factored, Single):
             used_up = yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
             over, done = watch.enough({LOSS: history[-1]}), number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and (done < p.rounds or p.keep == "best"):
-                yield from self._finish(model, state, done)
+                yield from self._personalised(model, state, done)
                 weights = self.final(model, state).weights
                 found = yield from scored(self, cohort, weights, number)
                 over |= watch.enough(found, weights)
@@ -193,7 +186,7 @@ class Federated(Alone, Factored, Single):
             if done % p.checkpoint_every == 0:
                 own = {**known.arrays(p.compress.remembers), **link.arrays(), **self.evidence.arrays()}
                 yield Checkpoint({**state, **own, **watch.arrays(), "history": np.array(history)})
-        yield from self._finish(model, state, len(history))
+        yield from self._personalised(model, state, len(history))
         more = {**self.reported(model, state), **self.evidence.told(), **link.told()}
         more |= yield from self.compared(cohort, len(history))
         model = self.final(model, state)
@@ -241,11 +234,6 @@ class Federated(Alone, Factored, Single):
         """What the result holds beside the model; its "arrays" are stored with the model's."""
         return {}
 
-    def _finish(self, model: Model, state: State, number: int) -> Steps:
-        if self.personal:
-            sent = self._told(model, state, number)
-            yield Round("personalise", Sum(), {"sites": count(bound=1)}, sent, self.link.apart)
-
     def _told(self, model: Model, state: State, number: int) -> State:
         """What is sent with round *number*."""
         if self.params.compress.down.active:
@@ -262,8 +250,6 @@ class Federated(Alone, Factored, Single):
 
     def _moving(self, model: Model) -> NDArray[np.int64]:
         """Places in "weights" that travel, in order."""
-        if self._places is not None and self._places[0] is model:  # simulated sites ask for it again and again
-            return self._places[1]
         frozen = np.tile(layers_of(model, self.params.freeze), self.size(model) // len(model.weights))
         moving = np.flatnonzero(~frozen & ~self.stays(model))
         if not len(moving):
@@ -271,60 +257,22 @@ class Federated(Alone, Factored, Single):
                 "plan.nothing-travels", "no weights are left that sites learn together", field="params.freeze",
                 remedy="freeze, or keep at the sites, fewer layers",
             )  # fmt: skip
-        self._places = (model, moving)
         return moving
 
-    def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
-        moving, factors, bound = len(self._moving(model)), self._factors(model), self.params.clip
-        sent = self.params.compress.count(moving)
-        if factors is not None:
-            sent, bound = sum(factors.lefts) + len(factors.dense), bound * factors.longest[0]
-        return {"weights": ((sent,), bound), "loss": ((), self.params.clip), **self.extras(model)}
-
-    def _numbers(self, model: Model) -> int:
-        """Numbers of an uncompressed reply."""
-        shapes = self._shapes(model)
-        return len(self._moving(model)) + sum(math.prod(shapes[name][0]) for name in shapes if name != "weights")
+    def payload(self, schema: TableSchema) -> Payload:
+        """What a site sends of its round."""
+        model, p = self.model(schema), self.params
+        if self._payload is None or self._payload.model is not model:  # simulated sites ask for it again and again
+            moving, extras, most = self._moving(model), self.extras(model), self._most(schema)
+            self._payload = Payload(model, moving, extras, most, p.compress, p.clip, p.clip_norm_l2)
+        return self._payload
 
     def _most(self, schema: TableSchema) -> float:
+        """A site's weight in the mean is at most this."""
         return schema.max_rows if self.params.weighting == "rows" else 1.0
 
-    def _fields(self, model: Model, most: float, exact: bool) -> dict[str, Declared]:
-        found, compress = self._fields_of(self._shapes(model), most, model, exact), self.params.compress
-        if compress.alone:
-            found["weights"] = opaque(compress.limit_bytes(compress.asked(len(self._moving(model)))))
-        return found
-
-    def _narrowed(self, fields: Mapping[str, Declared], share: float) -> Mapping[str, Declared]:
-        """*fields*, where the grid of "weights" reaches that share of the clip."""
-        whole = fields["weights"]
-        if share == 1 or whole.bound is None or whole.step is None:
-            return fields
-        return {**fields, "weights": replace(whole, bound=whole.bound * share, step=whole.step * share)}
-
-    def _fields_of(
-        self, shapes: Mapping[str, tuple[tuple[int, ...], float]], most: float, model: Model, exact: bool
-    ) -> dict[str, Declared]:
-        found: dict[str, Declared] = {}
-        compress = self.params.compress
-        for name, (shape, bound) in shapes.items():
-            step = compress.step(bound) if compress.rank is None else max(FINE, bound * most * THIN)
-            made = Update.fields({name: np.zeros(shape)}, value_bound=bound, weight_bound=most, step=step)
-            coarse = compress.bits is not None  # a float32 does not hold a place on the grid times a weight
-            if exact and shape and model.dtype == np.float32 and not coarse:  # no more is known of a network's change
-                made[name] = replace(made[name], dtype="<f4")
-            found |= made
-        return found
-
     def _per_site(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
-        p, most = self.params, self._most(schema)
-        shapes = self._shapes(self.model(schema))
-        found = {name: touches(int(np.prod(shape)), bound) * most for name, (shape, bound) in shapes.items()}
-        size = shapes["weights"][0][0]
-        rounding = size**0.5 * p.compress.step(p.clip) if p.compress.bits else 0.0
-        norm = min(p.clip * size**0.5, (p.clip_norm_l2 or np.inf) + rounding)
-        weights = within(norm, size) * most if p.compress.rank is None else found["weights"]  # factors: by their bound
-        return {**found, "weights": weights, "weight": touches(1, most)}
+        return self.payload(schema).norms()
 
     # -- at a site
 
@@ -364,11 +312,11 @@ class Federated(Alone, Factored, Single):
     def train(self, site: SiteView, task: Task) -> Reply:
         """At the site: the change of the weights by its own training, and the mean loss on the way."""
         p, (at, sent) = self.params, self._at(site, task)
-        shapes, moving = self._shapes(at.model), self._moving(at.model)
         if not len(at.examples):
-            found = {name: np.zeros(shape) for name, (shape, _) in shapes.items()}
+            payload = self.payload(site.table.schema)
+            found = payload.zeros()
             if p.compress.alone:
-                found["weights"] = p.compress.nothing(len(moving), task)
+                found["weights"] = p.compress.nothing(len(payload.moving), task)
             self._counts(site, 0.0)
             return {**found, "weight": 0.0}
         check_groups({"weight": np.array(len(at.examples))}, frozenset({"weight"}), site.min_group_size)
@@ -376,10 +324,10 @@ class Federated(Alone, Factored, Single):
 
     def handed(self, at: Local, sent: State, found: dict[str, Any]) -> Reply:
         """What a site sends of what it *found* in its round (see :meth:`local`)."""
-        site, shapes = at.site, self._shapes(at.model)
-        change = np.asarray(found["weights"], np.float64)[self._moving(at.model)]
+        site, payload = at.site, self.payload(at.site.table.schema)
+        change = np.asarray(found["weights"], np.float64)[payload.moving]
         found["weights"], message = self._compressed(at, change)
-        means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in shapes.items()}
+        means = {name: np.clip(found[name], -bound, bound) for name, (_, bound) in payload.shapes.items()}
         weight = self.weight(at, sent, means)
         self._counts(site, weight)
         reply = Update.of(means, weight).reply()
@@ -407,32 +355,3 @@ class Federated(Alone, Factored, Single):
     def weight(self, at: Local, sent: State, means: Mapping[str, Array]) -> float:
         """How much the site's change counts, at most :meth:`_most`."""
         return float(len(at.examples)) if self.params.weighting == "rows" else 1.0
-
-    def _nothing(self, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Norms]:
-        return {"sites": Norms(0, 0)}
-
-    @handler("personalise", record=_nothing, site=_nothing)
-    def personalise(self, site: SiteView, task: Task) -> Reply:
-        """At the site: it keeps a model of its own; what leaves is that it did."""
-        at, sent = self._at(site, task)
-        self._once_more(site)
-        try:
-            own = self.mine(at, sent) if len(at.examples) else None
-        except ProtocolError as error:
-            if error.code != diverged().code:
-                raise
-            own = None
-        if own is None or not np.isfinite(own).all():  # what was sent is better than no model
-            own = sent["weights"][: len(at.model.weights)]
-        site.personal["weights"] = np.asarray(own, np.float64)
-        return {"sites": 1}
-
-    def _once_more(self, site: SiteView) -> None:
-        """Raise PolicyError if the site made its model as often as the plan says: what it scores would tell of it."""
-        asked, p = int(site.state.get("personalised", 0)), self.params
-        if asked > ((p.rounds - 1) // p.evaluate_every if p.evaluate_every else 0):
-            raise PolicyError(
-                "policy.not-in-plan", "the plan does not lead to another personalised model", field="personalise",
-                remedy="the coordinator does not keep the plan: do not go on with it",
-            )  # fmt: skip
-        site.state["personalised"] = np.array(asked + 1)

@@ -26,19 +26,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import linalg, stats
 
 from atoll.contract.errors import PlanError, ProtocolError, SchemaError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Metrics, Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.rounds import Metrics, Reply, Round, Steps, Sum, Task, count, real, taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
 from atoll.models.linear import LinearModel, feature_bounds, xy
 from atoll.models.model import Family
-from atoll.statistics.noise import coarse, fine, only_summed, sent_array
+from atoll.statistics.noise import coarse, fine, only_summed
 
 Floats = NDArray[np.float64]
 DEPENDENT = 1e-12
@@ -200,7 +200,7 @@ class Glm:
     def _check_separation(self, hessian: Floats, first: Floats) -> None:
         """Refuse "convergence" on the way to infinity: some direction's curvature has all but vanished."""
         if self.params.family != "linear" and self.params.l2 == 0:
-            left = linalg.eigh(hessian, first, eigvals_only=True, subset_by_index=[0, 0])
+            left = scipy.linalg.eigh(hessian, first, eigvals_only=True, subset_by_index=[0, 0])
             if left[0] < VANISHED:
                 raise _separable()
 
@@ -212,7 +212,7 @@ class Glm:
         dispersion = 2 * loss / (n - len(raw)) if model.family == "linear" else 1.0
         errors = np.sqrt(np.diag(transform @ np.linalg.inv(hessian) @ transform.T) * dispersion)
         z = raw / errors
-        tail = stats.t(n - len(raw)).sf if model.family == "linear" else stats.norm.sf
+        tail = scipy.stats.t(n - len(raw)).sf if model.family == "linear" else scipy.stats.norm.sf
         table = []
         for i, name in enumerate(("intercept", *model.features)):
             row: dict[str, Any] = {"name": name, "coefficient": float(raw[i])}
@@ -243,7 +243,7 @@ class Glm:
         return {"gradient": touches(size, residual), "hessian": touches(size * (size + 1) // 2, curvature)}
 
     def _reach(self, schema: TableSchema, sent: Mapping[str, Array]) -> tuple[float, float, float]:
-        weights = sent_array(sent, "weights", (1 + len(self.params.features),))
+        weights = taken(sent, "weights", (1 + len(self.params.features),))
         return _most(self.model(schema).with_weights(weights), *feature_bounds(schema, self.params.target))
 
     @handler("labels", groups=("n",), record=_labels_per_record)

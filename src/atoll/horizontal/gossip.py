@@ -16,8 +16,9 @@ none. Threat model: neighbours are curious and keep to the protocol; a coordinat
 envelopes out: those that it makes up, alters, sends elsewhere or again do not open, and stop the site. A coordinator
 that colludes with a neighbour learns what that neighbour does. A neighbour that lies spoils others' models, by the
 weight that W gives it; one that sends no finite numbers is not heard. Dropout: who does not hear from a neighbour gives
-that weight to its own model; a site that comes back goes on with the model it had. Cost: a round trip, and the model
-once for each neighbour to and from each site, per round.
+that weight to its own model; a site that comes back goes on with the model it had. A coordinator that was killed goes
+on with the mail that it kept; models are at the sites alone. Cost: a round trip, and the model once for each neighbour
+to and from each site, per round.
 """
 
 from __future__ import annotations
@@ -32,8 +33,21 @@ from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import ProtocolError
 from atoll.contract.mail import SEAL_BYTES, SIGNED_KEY_BYTES
 from atoll.contract.program import Cohort, SiteView, handler, program
+from atoll.contract.rounds import (
+    Checkpoint,
+    Gather,
+    Metrics,
+    Reply,
+    Round,
+    Steps,
+    Sum,
+    Task,
+    count,
+    not_taken,
+    opaque,
+    real,
+)
 from atoll.contract.rounds import Field as Declared
-from atoll.contract.rounds import Gather, Metrics, Reply, Round, Steps, Sum, Task, count, opaque, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.horizontal.local import Kept, Local, LocalParams, layers_of, still
@@ -41,16 +55,21 @@ from atoll.models.model import Model
 from atoll.statistics.noise import fine
 
 STEP = "model"
+Standing = tuple[dict[int, Array], dict[int, dict[int, Array]], list[float], int, bool]
+"""The sites' keys by place, mail by receiver and sender, mean losses, the next round, and whether time is used up."""
 
 
 class GossipParams(LocalParams):
     """topology: who hears from whom, the sites in order of their names. clip: a site's change of any one weight in a
-    round is clipped to it. report_every: tell the mean loss, and how far models are apart, after so many rounds."""
+    round is clipped to it. report_every: tell the mean loss, and how far models are apart, after so many rounds.
+    checkpoint_every: after so many rounds the coordinator keeps who is where and the mail that waits, and forgets what
+    led to it."""
 
     rounds: int = Field(default=20, ge=1)
     topology: Topology = "ring"
     clip: float = Field(default=10.0, gt=0)
     report_every: int = Field(default=5, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1)
 
 
 @program("horizontal.gossip", needs={"sum"}, offers={"bounded", "resolution", "bounded-weight"})
@@ -76,20 +95,17 @@ class Gossip:
         p, names, model = self.params, tuple(sorted(cohort.sites)), self.model(cohort.schema)
         layers_of(model, p.freeze)
         size, fields = self._envelope(model), {"mail": self._field(model, len(names))}
-        gathered = yield Round("key", Gather(), {"key": opaque(SIGNED_KEY_BYTES)}, optional=True)
-        for site in gathered:
-            if len(gathered[site]["key"]) != SIGNED_KEY_BYTES:
-                raise ProtocolError("reply.shape", "a site's key is of another length", field="key").at(site=site)
-        keys = {names.index(site): gathered[site]["key"] for site in gathered}
-        mail: dict[int, dict[int, Array]] = {}
-        history, found, number, last, used_up = list[float](), dict[str, float](), 0, False, False
+        fresh: Standing = ({}, {}, [], 0, False)
+        keys, mail, history, number, used_up = _resumed(start) if start else fresh
+        keys = keys if start else (yield from _keyed(names))
+        found, last = dict[str, float](), False
         while not last:
             last = used_up or number == p.rounds
             weights = mixing(p.topology, len(names), number + 1)
             writes = {place: [] if last else [j for j in told(weights, place) if j in keys] for place in keys}
             send_to = {names[place]: _parcel(keys, mail.get(place, {}), writes[place], size) for place in sorted(keys)}
             send = {"iteration": np.array(number), "seed": np.array(cohort.seed), "last": np.array(int(last))}
-            asked = tuple(site for site in cohort.sites if site in gathered)
+            asked = tuple(site for site in cohort.sites if names.index(site) in keys)
             sent = yield Round("exchange", Gather(), fields, send, send_to, sites=asked, optional=True)
             mail = {}
             for site in sent:
@@ -106,6 +122,8 @@ class Gossip:
                 history.append(found["loss"])
                 used_up = yield Metrics(number, found)
             number += 1
+            if not last and number % p.checkpoint_every == 0:
+                yield Checkpoint(_kept(keys, mail, size, history, number, bool(used_up)))
         final = mixing(p.topology, len(names), number - 1)
         near, spread = connectivity(final), found.pop("energy") / max(found["sites"], 1)
         about = {
@@ -196,11 +214,11 @@ class Gossip:
         size, reads = self._envelope(model), set(heard(weights, place)) if number else set()
         senders, sealed = _places(task, "senders", len(names)), task.arrays.get("mail")
         if sealed is None or sealed.dtype != np.uint8 or sealed.shape != (len(senders), size) or set(senders) - reads:
-            raise _not_taken("mail")
+            raise not_taken("mail")
         theirs: dict[int, Array] = {}
         for j, envelope in zip(senders, sealed, strict=True):
             if j not in keys:
-                raise _not_taken("keys")
+                raise not_taken("keys")
             data = site.mail.unseal(names[j], keys[j], STEP, number, envelope.tobytes(), size - SEAL_BYTES)
             heard_of = np.frombuffer(data, model.dtype.newbyteorder("<")).astype(np.float64)
             if np.isfinite(heard_of).all():  # else it is as if nothing came
@@ -220,11 +238,43 @@ class Gossip:
     def report(self, site: SiteView, task: Task) -> Reply:
         """At the site: its mean loss, and how far its model is from its neighbours'."""
         if int(site.state.get("iteration", -1)) != _whole(task, "iteration"):  # else others' zeros would show one site
-            raise _not_taken("iteration")
+            raise not_taken("iteration")
         return {**{name: float(site.state[name]) for name in ("loss", "energy", "pairs")}, "sites": 1}
 
 
 # ---------------------------------------------------------------- parcels: what the coordinator passes on
+
+
+def _keyed(names: tuple[str, ...]) -> Steps:
+    """Each site's key, by its place in the roster; of those that take part."""
+    gathered = yield Round("key", Gather(), {"key": opaque(SIGNED_KEY_BYTES)}, optional=True)
+    for site in gathered:
+        if len(gathered[site]["key"]) != SIGNED_KEY_BYTES:
+            raise ProtocolError("reply.shape", "a site's key is of another length", field="key").at(site=site)
+    return {names.index(site): gathered[site]["key"] for site in gathered}
+
+
+def _kept(
+    keys: Mapping[int, Array], mail: Mapping[int, Mapping[int, Array]], size: int, history: list[float], number: int,
+    used_up: bool,
+) -> dict[str, Array]:  # fmt: skip
+    """All that a coordinator has before round *number*: mail is by receiver and sender, and sealed."""
+    waits = [(to, sender) for to in sorted(mail) for sender in sorted(mail[to])]
+    return {
+        "keys": _stacked([keys[place] for place in sorted(keys)], SIGNED_KEY_BYTES), "places": np.array(sorted(keys)),
+        "mail": _stacked([mail[to][sender] for to, sender in waits], size),
+        "waits": np.array(waits, np.int64).reshape(-1, 2), "history": np.array(history),
+        "number": np.array(number), "used_up": np.array(int(used_up)),
+    }  # fmt: skip
+
+
+def _resumed(start: Mapping[str, Array]) -> Standing:
+    """Inverse of :func:`_kept`."""
+    mail: dict[int, dict[int, Array]] = {}
+    for (to, sender), envelope in zip(start["waits"].tolist(), start["mail"], strict=True):
+        mail.setdefault(to, {})[sender] = envelope
+    keys = dict(zip(start["places"].tolist(), start["keys"], strict=True))
+    return keys, mail, start["history"].tolist(), int(start["number"]), bool(start["used_up"])
 
 
 def _parcel(keys: Mapping[int, Array], mail: Mapping[int, Array], writes: list[int], size: int) -> dict[str, Array]:
@@ -244,7 +294,7 @@ def _keys(task: Task, sites: int) -> dict[int, bytes]:
     """The signed keys that came with a task, by place in the roster."""
     partners, keys = _places(task, "partners", sites), task.arrays.get("keys")
     if keys is None or keys.dtype != np.uint8 or keys.shape != (len(partners), SIGNED_KEY_BYTES):
-        raise _not_taken("keys")
+        raise not_taken("keys")
     return {place: key.tobytes() for place, key in zip(partners, keys, strict=True)}
 
 
@@ -252,9 +302,9 @@ def _places(task: Task, name: str, sites: int) -> list[int]:
     """Places in the roster, in order and each once."""
     places = task.arrays.get(name)
     if places is None or places.dtype != np.int64 or places.ndim != 1 or (np.diff(places) <= 0).any():
-        raise _not_taken(name)
+        raise not_taken(name)
     if len(places) and not 0 <= places[0] <= places[-1] < sites:
-        raise _not_taken(name)
+        raise not_taken(name)
     return [int(place) for place in places]
 
 
@@ -262,9 +312,5 @@ def _whole(task: Task, name: str) -> int:
     """A whole number that came with a task."""
     number = task.arrays.get(name)
     if number is None or number.shape != () or number.dtype != np.int64 or int(number) < 0:
-        raise _not_taken(name)
+        raise not_taken(name)
     return int(number)
-
-
-def _not_taken(name: str) -> ProtocolError:
-    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)

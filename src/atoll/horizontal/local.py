@@ -175,7 +175,7 @@ class Local:
         weights = np.array(start, model.dtype)
         velocity = np.zeros_like(weights) if p.momentum else None
         still = [mask for mask in (self.fixed, fixed) if mask is not None]
-        rate = np.asarray(p.learning_rate, model.dtype)
+        rate, step = np.asarray(p.learning_rate, model.dtype), np.empty_like(weights)
         for batch in self.batches(steps, part):
             loss, gradient = learn(weights, batch)
             losses.append(loss)
@@ -188,7 +188,7 @@ class Local:
                 velocity *= np.asarray(p.momentum, model.dtype)
                 velocity += gradient
                 gradient = velocity
-            step = rate * gradient
+            np.multiply(rate, gradient, out=step)
             step[model.running] = followed
             for mask in still:
                 step[mask] = 0

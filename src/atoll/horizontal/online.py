@@ -12,8 +12,9 @@ train); McMahan et al. 2017, Algorithm 1 (training); ``statistics/drift.py`` (Pa
 Parties: sites and coordinator. Messages: as in FedAvg, a round a period; with the change of the weights come, in the
 same Sum, the period's errors and their squares, and whether the site's own detector warned. The coordinator learns, in
 each period, the weighted mean change, the number of rows, their mean error, and how many sites saw drift (each site's
-under ``plain``). Dropout: a period is of the survivors; an absent site's rows of it are not used later. A site with
-fewer rows in a period than its minimum group size sits that period out. Cost: FedAvg's, and 24 bytes.
+under ``plain``); with ``alarms`` in the end also in which periods each site did that shares its own metrics. Dropout: a
+period is of the survivors; an absent site's rows of it are not used later. A site with fewer rows in a period than its
+minimum group size sits that period out. Cost: FedAvg's, and 24 bytes; with ``alarms`` one round more.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.errors import PlanError, ProtocolError
-from atoll.contract.program import Cohort, SiteView, TableView, program
-from atoll.contract.rounds import Task
+from atoll.contract.errors import PlanError, PolicyError, ProtocolError
+from atoll.contract.program import Cohort, SiteView, TableView, handler, program
+from atoll.contract.rounds import Gather, Reply, Round, Steps, Task, count, not_taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.horizontal.fedavg import FedAvg
@@ -50,7 +51,8 @@ class OnlineParams(FederatedParams):
     """time: a column of times, dates or numbers. start, every: the periods, as a date and a duration ("7d", "6h"), or
     both as numbers; rounds: how many. detector: of drift. tolerance, threshold: δ and λ of Page-Hinkley, whose
     observations are periods' mean errors. confidence: δ of ADWIN; design_effect: how many rows tell it as much as one
-    independent row would. on_drift: what follows; boost: the learning rate's factor, in the next period."""
+    independent row would. on_drift: what follows; boost: the learning rate's factor, in the next period. alarms: in the
+    end, ask in which periods each site's own detector warned (of sites whose policy shares "metrics")."""
 
     time: str
     start: float | str
@@ -64,6 +66,7 @@ class OnlineParams(FederatedParams):
     design_effect: float = Field(default=1.0, ge=1)
     on_drift: Literal["note", "boost", "reset"] = "note"
     boost: float = Field(default=3.0, ge=1)
+    alarms: bool = False
 
     def detects(self) -> Detector:
         """The detector, in its settings."""
@@ -95,6 +98,14 @@ class OnlineParams(FederatedParams):
             "online.bad-period", "start and every do not suit the column of times", field="params.every",
             remedy="of dates: start: 2024-01-31, every: 7d (or h, min, s); of numbers: two numbers, every > 0",
         )  # fmt: skip
+
+    def begins(self, number: int) -> str | float:
+        """When a period does: a date, with a time where it is not midnight, or a number."""
+        if found := DURATION.fullmatch(str(self.every)):
+            every = np.timedelta64(number * int(found[1]) * SECONDS[found[2]], "s")
+            told = str(np.datetime64(str(self.start), "s") + every)
+            return told.removesuffix("T00:00:00").replace("T", " ")
+        return float(self.start) + number * float(self.every)
 
 
 def ticks(column: NDArray[Any]) -> Floats:
@@ -128,6 +139,16 @@ class Online(FedAvg):
     Params = OnlineParams
     gaps: ClassVar[bool] = True
 
+    def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
+        """As FedAvg's, with {"periods", "stream"} (see :meth:`reported`), and with ``alarms`` {"alarms": {site: the
+        periods in which it saw drift}}."""
+        result = yield from super().coordinate(cohort, start)
+        if self.params.alarms and cohort.exact:
+            fields = {"periods": count(self.params.rounds, bound=1)}
+            found = yield Round("alarms", Gather(), fields, optional=True)
+            result["alarms"] = {site: np.flatnonzero(found[site]["periods"] > 0).tolist() for site in found}
+        return result
+
     def begin(self, model: Model, cohort: Cohort) -> State:
         """Weights, the period, the learning rate's factor, the detector, and what periods were like."""
         self.params.clock(cohort.schema)
@@ -157,6 +178,8 @@ class Online(FedAvg):
         start, every = self.params.clock(site.table.schema)
         number = (ticks(site.table[self.params.time]) - start) / every
         period = float(task.take("period", ()))
+        if not (period < self.params.rounds and period.is_integer()):
+            raise not_taken("period")
         if period <= float(site.state.get("period", -1.0)):
             raise ProtocolError(
                 "online.period-again", "a period is asked for that is over", field="period",
@@ -173,6 +196,8 @@ class Online(FedAvg):
         state = at.site.state.get("drift", detector.start())
         at.site.state["drift"], warned = detector.update(state, len(found), mean, square)
         at.site.state["period"] = at.task.take("period", ())
+        if warned:
+            at.site.state["warned"] = np.append(at.site.state.get("warned", []), at.site.state["period"])
         told = {"errors": mean, "squares": square, "drifting": warned / len(found)}  # weighted by rows, a sum of sites
         return {**super().local(at, sent), **told}
 
@@ -197,14 +222,30 @@ class Online(FedAvg):
         return {"error": last["error"]} if last["error"] is not None else {}
 
     def reported(self, model: Model, state: State) -> Mapping[str, Any]:
-        """Each period's rows and mean error (None where they are none, or too few to be told), whether there was drift
-        and how many sites saw it."""
-        return {"periods": self._told_of(model, state)}
+        """{"periods": each one's begin, rows and mean error (None where they are none, or too few to be told), whether
+        there was drift and how many sites saw it; "stream": what was watched, and how}."""
+        p = self.params
+        watched = {"time": p.time, "detector": p.detector, "on_drift": p.on_drift, "task": model.task}
+        return {"periods": self._told_of(model, state), "stream": watched}
+
+    @handler("alarms", reduce="gather")
+    def alarms(self, site: SiteView, task: Task) -> Reply:
+        """At the site: the periods in which it saw drift; withheld unless its policy shares "metrics"."""
+        if not site.shares("metrics"):
+            raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
+        if not self.params.alarms or "told" in site.state:
+            raise PolicyError(
+                "policy.not-in-plan", "the plan does not ask for a site's alarms, or not again", field="alarms",
+                remedy="the coordinator does not keep the plan: do not go on with it",
+            )  # fmt: skip
+        site.state["told"] = np.array(1)
+        return {"periods": np.isin(np.arange(self.params.rounds), site.state.get("warned", [])).astype(np.int64)}
 
     def _told_of(self, model: Model, state: State) -> list[dict[str, Any]]:
         return [
             {
                 "period": number,
+                "begins": self.params.begins(number),
                 "rows": round(rows) if rows >= state["smallest"] else None,
                 "error": error * most(model) if rows >= state["smallest"] else None,
                 "drift": bool(drifted),

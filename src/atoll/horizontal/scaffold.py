@@ -62,7 +62,11 @@ class Scaffold(Federated):
         change[at.model.running] = 0
         change = np.clip(change, -p.control_clip, p.control_clip)
         at.site.state["control"] = own + change
-        return {"weights": done.weights - start, "loss": done.loss, "control": change[self._moving(at.model)]}
+        return {
+            "weights": done.weights - start,
+            "loss": done.loss,
+            "control": change[self.payload(at.site.table.schema).moving],
+        }
 
     def step(self, state: State, mean: Mapping[str, Array], share: float) -> None:
         """w ← w + η_g · Δw; c ← c + |S| / N · Δc."""

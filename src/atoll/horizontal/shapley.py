@@ -128,7 +128,7 @@ class ShapleyFedAvg(FedAvg):
     def _valued(self, cohort: Cohort, found: Gathered, state: State, number: int) -> Steps:
         """(value by site of one round, coalitions judged)."""
         p, model = self.params, self.model(cohort.schema)
-        places = self._moving(model)
+        places = self.payload(cohort.schema).moving
 
         def made(coalition: Coalition) -> Array:
             """w + Σ nᵢΔᵢ / Σ nᵢ."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from atoll.aggregation.rule import MEAN, means, sound
 from atoll.aggregation.suspicion import Evidence, Seen
@@ -15,9 +14,10 @@ from atoll.contract.errors import ProtocolError
 from atoll.contract.program import Cohort
 from atoll.contract.rounds import Field as Declared
 from atoll.contract.rounds import Gather, Gathered, Round, Sum, Together, real
+from atoll.contract.schema import TableSchema
 from atoll.contract.updates import Update
 from atoll.horizontal.factored import Collecting, State
-from atoll.models.model import Model
+from atoll.horizontal.payload import Payload
 
 Told = tuple[tuple[str, ...], Update]
 """Sites, and their update."""
@@ -31,13 +31,7 @@ class Single:
     evidence: Evidence
     gaps: ClassVar[bool]
 
-    def model(self, schema: Any) -> Model:
-        raise NotImplementedError
-
-    def _moving(self, model: Model) -> NDArray[np.int64]:
-        raise NotImplementedError
-
-    def _shapes(self, model: Model) -> dict[str, tuple[tuple[int, ...], float]]:
+    def payload(self, schema: TableSchema) -> Payload:
         raise NotImplementedError
 
     def _single(self, cohort: Cohort, fields: Mapping[str, Declared], sent: State, number: int) -> Collecting:
@@ -59,11 +53,12 @@ class Single:
             sums = yield Together(tuple(each))
             told = [(one.sites, Update.from_sum(one, names)) for one in sums if one.sites]
             broken = [site for group, one in zip(groups, sums, strict=True) if not one.sites for site in group]
-        some, shapes = [one for one in told if sound(one[1])], self._shapes(self.model(cohort.schema))
+        some, payload = [one for one in told if sound(one[1])], self.payload(cohort.schema)
         if self.gaps and len(some) < rule.least:  # of too few the rule makes nothing
-            return Update.zero_like({name: np.zeros(shape) for name, (shape, _) in shapes.items()}), ()
+            return Update.zero_like(payload.zeros()), ()
         weights = np.array([update.weight for _, update in some])
-        updates, beyond = means([update for _, update in some], {name: bound for name, (_, bound) in shapes.items()})
+        bounds = {name: bound for name, (_, bound) in payload.shapes.items()}
+        updates, beyond = means([update for _, update in some], bounds)
         broken = [*broken, *(site for sites, update in told if sound(update) is None for site in sites)]
         combined = rule.combine(updates, [" + ".join(sites) for sites, _ in some])
         groups, changes, result = [sites for sites, _ in some], updates["weights"], combined.values["weights"]
@@ -76,7 +71,7 @@ class Single:
     def _read(self, cohort: Cohort, found: Gathered, names: Sequence[str]) -> tuple[list[Told], dict[str, str]]:
         """Each site's update, and what was wrong with those left out."""
         compress, broken, told = self.params.compress, dict(found.broken), list[Told]()
-        size = compress.asked(len(self._moving(self.model(cohort.schema))))
+        size = compress.asked(len(self.payload(cohort.schema).moving))
         for site in found.sites:
             reply = dict(found[site])
             if compress.alone:

@@ -29,7 +29,7 @@ from atoll.horizontal.fedavg import FedAvg
 from atoll.horizontal.federated import OFFERS, FederatedParams, State
 from atoll.horizontal.local import Local
 from atoll.horizontal.validation import Parts, skill
-from atoll.statistics.quality import FLOOR, own_quality
+from atoll.statistics.own_quality import FLOOR, own_quality
 
 
 class WeightedParams(FederatedParams):

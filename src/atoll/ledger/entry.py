@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,8 @@ CONTEXT = b"atoll ledger 1\0"
 EMPTY = "0" * 64
 _HASHED = ("v", "seq", "time", "party", "kind", "body", "prev")
 _PLAIN = {*_HASHED, "hash", "sig"}
-MEMBERS = frozenset((*_HASHED, "hash", "sig", "leaves"))
+_ORDER = (*_HASHED, "hash", "sig", "leaves")
+MEMBERS = frozenset(_ORDER)
 
 
 def hashed_text(entry: Entry) -> bytes:
@@ -60,6 +62,12 @@ def _line(text: bytes, entry: Entry) -> bytes:
 def entry_line(entry: Entry) -> bytes:
     """The one spelling of an entry as a line of a ledger file (without the line's end)."""
     return _line(hashed_text(entry), entry)
+
+
+def read_line(line: str) -> Entry:
+    """One's own entry, as it was before it was stored: its members in the order above."""
+    entry = json.loads(line)
+    return {name: entry[name] for name in _ORDER if name in entry}
 
 
 def leaf(site: str, seq: int, digest: str) -> bytes:

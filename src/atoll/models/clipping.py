@@ -31,8 +31,10 @@ Clipped = tuple[NDArray[np.float64], int, float]
 
 
 def known(net: nn.Module, learned: Sequence[nn.Parameter]) -> bool:
-    """Whether every weight is learned, and of a layer that :func:`by_layers` knows."""
-    return len(list(net.parameters())) == len(learned) and all(map(_plain, _weighted(net)))
+    """Whether every weight is learned, and of one layer alone, which :func:`by_layers` knows."""
+    layers = _weighted(net)
+    held = [id(p) for layer in layers for p in layer.parameters(recurse=False)]
+    return len(held) == len(set(held)) == len(learned) and all(map(_plain, layers))
 
 
 def by_layers(

@@ -1,9 +1,10 @@
 """A stored model as ONNX, for programs in other languages and runtimes: from a row's own columns to its prediction.
 
-Scaling and link are in the graph. A linear model takes "features", float64 [num_rows, num_features]; so does a network
-of features, in the order of its spec; one of images takes them by their column's name, uint8 [num_rows, height,
-width(, channels)]; others take "input_0" and so on, what ``Network.inputs`` makes of a table (texts in full length,
-int64). The graph gives "prediction": a probability or value of each row, [num_rows], or [num_rows, classes or targets].
+Scaling and link are in the graph. A linear model takes "features", float64 [num_rows, num_features]; so do a network
+of features, in the order of its spec, and trees (see ``models/trees_onnx.py``); a network of images takes them by their
+column's name, uint8 [num_rows, height, width(, channels)]; others take "input_0" and so on, what ``Network.inputs``
+makes of a table (texts in full length, int64). Adapters are merged. The graph gives "prediction": a probability or
+value of each row, [num_rows], or [num_rows, classes or targets].
 
 Source: https://onnx.ai/onnx/intro/, operator set 20.
 """
@@ -19,8 +20,10 @@ import numpy as np
 
 from atoll.contract.errors import PlanError
 from atoll.contract.schema import TableSchema
+from atoll.models import trees_onnx
 from atoll.models.linear import LinearModel
 from atoll.models.model import Predictor
+from atoll.models.trees import Trees
 
 OPERATORS = 20
 LONG = " ".join(map(str, range(1 << 16)))
@@ -31,7 +34,10 @@ def to_onnx(model: Predictor, schema: TableSchema, path: Path) -> None:
     try:
         import onnx
 
-        made = linear(model) if isinstance(model, LinearModel) else network(model, schema)
+        if isinstance(model, Trees):
+            made = trees_onnx.graph(model)
+        else:
+            made = linear(model) if isinstance(model, LinearModel) else network(model, schema)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("onnx", "onnxscript"):
             raise
@@ -82,6 +88,7 @@ def network(model: Any, schema: TableSchema) -> Any:
             found: Tensor = model.linked(self.net(*model.scaled(*raw)))
             return found[:, 0] if found.shape[1] == 1 else found
 
+    model = model.whole()
     model.load(model.weights)
     model.net.cpu()
     raw = model.raw(viewed(schema, examples(schema), 2))

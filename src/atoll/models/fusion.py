@@ -139,6 +139,10 @@ class Fusion(Network):
                     found[self.layers[layer]] = begun[where]
         return found if self.settings.base is None else self._based(found)
 
+    def _baseless(self) -> port.Settings:
+        parts = tuple({**part, "base": None} for part in self.settings.parts)
+        return self.settings.model_copy(update={"base": None, "parts": parts})
+
     @cached_property
     def _known(self) -> bool:
         return super()._known and all(part._known for part in self.parts)

@@ -15,8 +15,9 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -24,15 +25,36 @@ from atoll.contract.errors import IntegrityError, PlanError
 from atoll.contract.wire import Array
 
 
+class Adapters(BaseModel):
+    """What is learned of a base that stays as it is (``models/lora.py``). rank: r. alpha: α; what an adapter adds
+    counts α / r times. layers: linear layers with an adapter, by patterns of their names (* is any run of characters).
+    heads: layers, by the beginning of their names, that are learned whole, and that the base need not have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = Field(default=4, ge=1, le=256)
+    alpha: float = Field(default=8.0, gt=0, allow_inf_nan=False)
+    layers: tuple[str, ...] = Field(default=("*",), min_length=1)
+    heads: tuple[str, ...] = ("head",)
+
+
 class Base(BaseModel):
     """name: of the file, without its ending. sha256: of its bytes, in hexadecimal. frozen: layers, by the beginning of
-    their names, that stay as they are there: they are no weights of the model, and never travel."""
+    their names, that stay as they are there: they are no weights of the model, and never travel. adapters: all stays,
+    and what is learned stands beside it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     frozen: tuple[str, ...] = ()
+    adapters: Adapters | None = None
+
+    @model_validator(mode="after")
+    def _frozen_already(self) -> Self:
+        if self.frozen and self.adapters is not None:
+            raise ValueError("with adapters all of the base is frozen: leave frozen out")
+        return self
 
     def read(self) -> Mapping[str, Array]:
         """The installed arrays by name, not to be written to. Raises PlanError "model.no-base" or "model.bad-base",

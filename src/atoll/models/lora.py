@@ -1,74 +1,93 @@
 """Low-rank adapters: a network that the sites already have is fine-tuned by few weights, and only they travel.
 
-Beside the frozen weight W of a linear layer stands a product of two thin matrices: what it gives is
-W x + b + α / r · B A x, with A [r, inputs] random and B [outputs, r] zero at the start, so that the start is the base.
+To a frozen matrix W is added a product of two thin ones: the network computes with W + α / r · B A, A [r, inputs]
+random and B [outputs, r] zero at the start, so that the start is the base. Adapters are PyTorch parametrizations:
+whatever reads a layer's weight gets the sum, fused attention (``nn.MultiheadAttention``) too, and any network can have
+them.
 
-Source: Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models (ICLR), §4.1; of the attention the query and
-value matrices are adapted, which §7.1 finds best for a given number of weights.
+Sources: Hu et al. 2022, LoRA: Low-Rank Adaptation of Large Language Models (ICLR), §4.1; Dettmers et al. 2023, QLoRA:
+Efficient Finetuning of Quantized LLMs (NeurIPS), §4 (adapters on all linear layers, not on attention's alone).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Container, Iterator
+from fnmatch import fnmatchcase
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from atoll.contract.errors import PlanError
-from atoll.contract.wire import Array
-from atoll.models.model import Floats
+from atoll.models.installed import Adapters
+
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""Matrices of ``nn.MultiheadAttention``'s own; its output projection is a linear layer in it."""
 
 
-class Adapters(BaseModel):
-    """rank: r, columns of B and rows of A. alpha: α; what the adapters add is multiplied by α / r."""
+class LowRank(nn.Module):
+    """A matrix [outputs, inputs] with an adapter beside it."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    def __init__(self, matrix: Tensor, adapters: Adapters) -> None:
+        super().__init__()
+        (outputs, inputs), rank = matrix.shape, adapters.rank
+        self.share = adapters.alpha / rank
+        self.down = nn.Parameter(torch.zeros(rank, inputs, device=matrix.device))
+        self.up = nn.Parameter(torch.zeros(outputs, rank, device=matrix.device))
 
-    rank: int = Field(default=4, ge=1, le=256)
-    alpha: float = Field(default=8.0, gt=0, allow_inf_nan=False)
-
-
-class LowRank(nn.Linear):
-    """A linear layer whose own weights stay, with an adapter beside them."""
-
-    def __init__(self, inputs: int, outputs: int, adapters: Adapters) -> None:
-        super().__init__(inputs, outputs)
-        self.share = adapters.alpha / adapters.rank
-        self.down = nn.Parameter(torch.zeros(adapters.rank, inputs))
-        self.up = nn.Parameter(torch.zeros(outputs, adapters.rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """W x + b + α / r · B A x."""
-        return super().forward(x) + self.share * F.linear(F.linear(x, self.down), self.up)
+    def forward(self, matrix: Tensor) -> Tensor:
+        """W + α / r · B A."""
+        return matrix + self.share * (self.up @ self.down)
 
 
-def linear(inputs: int, outputs: int, adapters: Adapters | None) -> nn.Linear:
-    """A linear layer, with an adapter or without."""
-    return nn.Linear(inputs, outputs) if adapters is None else LowRank(inputs, outputs, adapters)
+def matrices(net: nn.Module, learned: Container[str]) -> Iterator[tuple[str, nn.Module, str]]:
+    """(layer, the same as a module, the name of its matrix) of all that adapters can be given to: a matrix that is also
+    another layer's could not be merged. learned: names of parameters, without those that nobody learns."""
+    times = Counter(id(matrix) for layer in net.modules() for matrix in layer.parameters(recurse=False))
+    for name, layer in net.named_modules():
+        names = ("weight",) if isinstance(layer, nn.Linear) else ()
+        for own in ATTENTION if isinstance(layer, nn.MultiheadAttention) else names:
+            if f"{name}.{own}" in learned and times[id(getattr(layer, own))] == 1:
+                yield name, layer, own
 
 
-def adapt(encoder: nn.Module, base: Mapping[str, Array]) -> None:
-    """Give *encoder* the base's weights, and freeze all but the adapters. Raises PlanError "model.base-unfit" when the
-    base is of another network."""
-    for name, parameter in encoder.named_parameters():
-        if name.endswith((".down", ".up")):
-            continue
-        found = base.get(f"encoder.{name}")
-        if found is None or found.shape != tuple(parameter.shape):
+def inside(name: str, layers: tuple[str, ...]) -> bool:
+    """Whether *name* is one of *layers*, or in one."""
+    return any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+
+
+def adapt(net: nn.Module, adapters: Adapters, learned: Container[str]) -> None:
+    """Give the layers of *net* that *adapters* names, and that would be *learned*, one each. Raises PlanError
+    "model.no-layer" for a name that no layer has."""
+    names = [name for name, _ in net.named_parameters()]
+    if unknown := [head for head in adapters.heads if not any(inside(name, (head,)) for name in names)]:
+        raise PlanError(
+            "model.no-layer", f"the network has no layer {unknown[0]!r} to be learned whole",
+            field="model.base.adapters.heads",
+            remedy=f"name layers of the network, such as {names[-1].rpartition('.')[0]!r}, or none: heads: []",
+        )  # fmt: skip
+    eligible = [found for found in matrices(net, learned) if not inside(found[0], adapters.heads)]
+    for pattern in adapters.layers:
+        if not any(fnmatchcase(name, pattern) for name, _, _ in eligible):
             raise PlanError(
-                "model.base-unfit", "the installed base is of another network", field="model.base",
-                remedy=f"give the network the shape of its base: layer encoder.{name}",
+                "model.no-layer", f"no linear layer of the network is named {pattern!r}",
+                field="model.base.adapters.layers",
+                remedy=f"its linear layers: {', '.join([name for name, _, _ in eligible][:8]) or 'none'}",
             )  # fmt: skip
-        parameter.data = torch.from_numpy(found.astype("float32"))
-        parameter.requires_grad_(False)
+    for name, layer, matrix in eligible:
+        if any(fnmatchcase(name, pattern) for pattern in adapters.layers):
+            parametrize.register_parametrization(layer, matrix, LowRank(getattr(layer, matrix), adapters))
 
 
-def at_base(weights: Floats, layers: Mapping[str, slice]) -> Floats:
-    """*weights* with every B zero: the network then gives what its base gives."""
-    found = weights.copy()
-    for name, where in layers.items():
-        if name.endswith(".up"):
-            found[where] = 0
-    return found
+def summed(net: nn.Module) -> int:
+    """Values in the matrices that have adapters."""
+    found = [layer for layer in net.modules() if isinstance(layer, parametrize.ParametrizationList)]
+    return sum(layer.original.numel() for layer in found)
+
+
+def merged(net: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name, with its adapter where it has one."""
+    layer, _, own = name.rpartition(".")
+    found: Tensor = getattr(net.get_submodule(layer), own)
+    return found.detach()

@@ -86,10 +86,12 @@ class Module(Network):
         )  # fmt: skip
 
     def initial(self, seed: int) -> Floats:
-        """As it makes itself, by PyTorch's generator with the plan's seed."""
-        made = self.built(seed)
-        held = {**dict(made.named_parameters()), **dict(made.named_buffers())}
-        return self._based(torch.cat([held[name].detach().reshape(-1) for name in self.layers]).double().numpy())
+        """As it makes itself, by PyTorch's generator with the plan's seed; adapters as every network's."""
+        found, made = super().initial(seed), self.built(seed)
+        for name, values in (*made.named_parameters(), *made.named_buffers()):
+            if name in self.layers:
+                found[self.layers[name]] = values.detach().double().numpy().ravel()
+        return self._based(found)
 
     def inputs(self, table: TableView) -> tuple[Array, ...]:
         """Images, uint8, and features, float32 in [-1, 1]; raises SchemaError where cells are missing."""

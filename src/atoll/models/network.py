@@ -13,17 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from atoll.contract.errors import PlanError
 from atoll.contract.program import TableView
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json
 from atoll.models import clipping
+from atoll.models.allocation import keep_freed
 from atoll.models.device import device
 from atoll.models.linear import Scale
+from atoll.models.lora import LowRank, adapt, inside, merged, summed
 from atoll.models.model import Examples, Floats, Goal, ModelTask, Settings, by_row
 
 torch.set_num_threads(1)  # as BLAS: the same bits everywhere, and sites of one process work side by side
+keep_freed()
 AT_ONCE = 1 << 17
 """Input values in one piece of a batch whose gradients are clipped: activations stay near the cache."""
 FORMED = 1 << 24
@@ -60,7 +64,11 @@ class Network:
         self.device = device()
         with DRAWING, memory():
             self.net: Any = self.built().to(self.device)  # Joined, unless a kind builds it otherwise
+        learnable = {name for name, p in self.net.named_parameters() if p.requires_grad}
         fixed = self._freeze()
+        if settings.base is not None and settings.base.adapters is not None:
+            adapt(self.net, settings.base.adapters, learnable)
+        self._summed = summed(self.net)
         self._still = [m.eval() for n, m in self.net.named_modules() if f"{n}.running_mean" in fixed]
         learned = {n: p for n, p in self.net.named_parameters() if p.requires_grad}
         followed = {n: b for n, b in self._followers().items() if n not in fixed}
@@ -73,6 +81,7 @@ class Network:
             held = learned[name] if name in learned else followed[name]
             held.data = self._flat[where].view(held.shape)
         self._learned = [(p, self._slopes[self.layers[n]].view(p.shape)) for n, p in learned.items()]
+        self._learning: bool | None = None
         self.weights = np.zeros(size) if weights is None else np.asarray(weights, np.float64)
         if self.weights.shape != (size,):
             raise PlanError("model.shape", "the weights do not fit the model", field="weights")
@@ -138,7 +147,9 @@ class Network:
             shape = tuple(parameter.shape)
             if name not in self.layers:
                 continue
-            if len(shape) > 1:
+            if name.endswith(".up") and isinstance(self.net.get_submodule(name.rpartition(".")[0]), LowRank):
+                parts.append(np.zeros(math.prod(shape)))  # it adds nothing yet
+            elif len(shape) > 1:
                 parts.append(random.normal(0, math.sqrt(2 / math.prod(shape[1:])), math.prod(shape)))
             else:
                 parts.append(np.full(shape, 0.0 if name.endswith(("bias", "mean")) else 1.0))
@@ -151,7 +162,7 @@ class Network:
         found, held = self.settings.base.read(), self._held()
         shared = [name for name in held if name in found and not name.startswith("head.")]
         odd = [name for name in shared if found[name].shape != held[name].shape]
-        if odd or not shared:
+        if self.settings.base.adapters is None and (odd or not shared):  # with them all of it has been looked at
             raise unfit((odd or [*held])[0])
         for name in self.layers:
             if name in found and found[name].shape == held[name].shape:
@@ -160,24 +171,31 @@ class Network:
 
     def _freeze(self) -> set[str]:
         """Give the base's frozen layers its weights, once and for all, and say which: they are not among the weights
-        then, and their normalisations go by the base's running means."""
-        base, fixed = self.settings.base, set[str]()
-        if base is None or not base.frozen:
-            return fixed
+        then, and their normalisations go by the base's running means. With adapters all but their heads are frozen."""
+        base = self.settings.base
+        if base is None or not (base.frozen or base.adapters):
+            return set()
         found, held = base.read(), {**dict(self.net.named_parameters()), **self._followers()}
-        for layer in base.frozen:
-            inside = [name for name in held if name == layer or name.startswith(layer + ".")]
-            for name in inside or [layer]:
-                if name not in inside or name not in found or found[name].shape != held[name].shape:
-                    raise unfit(name)
-                held[name].data.copy_(torch.from_numpy(found[name].copy()))
-                held[name].requires_grad_(False)
-            fixed |= set(inside)
+        if base.adapters is None:
+            fixed = {name for name in held if inside(name, base.frozen)}
+            odd = [layer for layer in base.frozen if not any(inside(name, (layer,)) for name in fixed)]
+        else:
+            ever = {name for name, p in self.net.named_parameters() if not p.requires_grad}  # alike everywhere
+            fixed, odd = {name for name in held if name not in ever and not inside(name, base.adapters.heads)}, []
+        odd += [name for name in held if name in fixed and (name not in found or found[name].shape != held[name].shape)]
+        if odd:
+            raise unfit(odd[0])
+        for name in fixed:
+            held[name].data.copy_(torch.from_numpy(found[name].copy()))
+            held[name].requires_grad_(False)
         return fixed
 
     def _followers(self) -> dict[str, Tensor]:
         """What follows the data: normalisations' running means and variances."""
         return {n: b for n, b in self.net.named_buffers() if n.endswith(("running_mean", "running_var"))}
+
+    def _baseless(self) -> Settings:
+        return self.settings.model_copy(update={"base": None})
 
     def _held(self) -> dict[str, Tensor]:
         return {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
@@ -185,6 +203,12 @@ class Network:
     def with_weights(self, weights: Floats) -> Self:
         """The same network with other weights; raises PlanError when there are more or fewer."""
         return type(self)(self.settings, self.schema, weights)
+
+    def whole(self) -> Self:
+        """The same network with all of its weights among them: it needs no base, and its adapters are merged."""
+        made = type(self)(self._baseless(), self.schema)
+        self.load(self.weights)
+        return made.with_weights(np.concatenate([merged(self.net, n).cpu().numpy().ravel() for n in made.layers]))
 
     def spec(self) -> dict[str, Json]:
         """Its settings."""
@@ -272,9 +296,11 @@ class Network:
     def load(self, weights: Floats, *, learning: bool = False) -> None:
         """Put *weights* into the network; *learning*: they are to be differentiated by."""
         self._flat.copy_(torch.from_numpy(np.require(weights, np.float32, "W")))
-        for parameter, slope in self._learned:
-            parameter.requires_grad_(learning)
-            parameter.grad = slope if learning else None
+        if self._learning != learning:
+            for parameter, slope in self._learned:
+                parameter.requires_grad_(learning)
+                parameter.grad = slope if learning else None
+            self._learning = learning
 
     def descend(self, weights: Floats, batch: Examples, loss_of: Callable[[], Tensor]) -> tuple[float, Floats]:
         """The loss that *loss_of* finds at *weights*, and its gradient."""
@@ -336,7 +362,7 @@ class Network:
             if found is not None:
                 yield found
                 continue
-            for few in pieces(part.inputs, max(1, FORMED // len(self.weights))):
+            for few in pieces(part.inputs, max(1, FORMED // (len(self.weights) + self._summed))):
                 yield self._clipped_whole(part.take(few), clip)
 
     def _clipped_whole(self, batch: Examples, clip: float) -> clipping.Clipped:
@@ -346,7 +372,8 @@ class Network:
             out = torch.func.functional_call(self.net, weights, tuple(v[None] for v in x))
             return self.losses_of(out, y[None])[0]
 
-        return clipping.by_func(loss_of, weights, self.wanted(batch.labels), self.placed(batch.inputs), clip)
+        with sdpa_kernel(SDPBackend.MATH):  # the only one that PyTorch does for many rows at once
+            return clipping.by_func(loss_of, weights, self.wanted(batch.labels), self.placed(batch.inputs), clip)
 
 
 def unfit(layer: str) -> PlanError:

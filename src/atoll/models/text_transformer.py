@@ -1,8 +1,6 @@
 """A small transformer encoder for texts: one token a word, the mean over a text's words is its representation.
 
-Words are hashed as ``models/text.py`` says; fill-up tokens are attended to by nobody and are in no mean. With
-``adapters`` it is the installed ``base`` with low-rank adapters (``models/lora.py``): only those and the head are
-learned.
+Words are hashed as ``models/text.py`` says; fill-up tokens are attended to by nobody and are in no mean.
 
 Source: Vaswani et al. 2017, Attention Is All You Need (NeurIPS), §3 (the encoder, sinusoidal positions, embeddings
 times √width); normalisation stands before each part: Xiong et al. 2020, On Layer Normalization in the Transformer
@@ -22,8 +20,7 @@ from torch import Tensor, nn
 from atoll.contract.program import TableView
 from atoll.contract.wire import Array
 from atoll.models import model as port
-from atoll.models.lora import Adapters, adapt, at_base, linear
-from atoll.models.model import Floats, model
+from atoll.models.model import model
 from atoll.models.network import Network
 from atoll.models.series_transformer import positions
 from atoll.models.text import bucket, filled, hashed, text_column, texts
@@ -34,8 +31,7 @@ NOBODY = -1e9
 
 class TextTransformerSpec(port.Settings):
     """text: the column. length: words of a text that count. buckets: into which words are hashed. width: of a token, a
-    multiple of 2 · heads. layers: how many; feed-forward parts are twice as wide. adapters: what is learned of a base.
-    """
+    multiple of 2 · heads. layers: how many; feed-forward parts are twice as wide."""
 
     kind: Literal["text_transformer"] = "text_transformer"
     text: str
@@ -44,25 +40,21 @@ class TextTransformerSpec(port.Settings):
     width: int = Field(default=32, ge=2, le=1024)
     heads: int = Field(default=4, ge=1, le=64)
     layers: int = Field(default=2, ge=1, le=24)
-    adapters: Adapters | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.width % (2 * self.heads):
             raise ValueError("width must be a multiple of twice the heads, such as width 32 with 4 heads")
-        if self.adapters is not None and self.base is None:
-            raise ValueError("adapters adapt an installed base: name it with base: {name: …, sha256: …}")
         return self
 
 
 class Attention(nn.Module):
     """Every token attends to every token that is there: softmax(Q Kᵀ / √d) V in several heads."""
 
-    def __init__(self, width: int, heads: int, adapters: Adapters | None) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.query, self.value = (linear(width, width, adapters) for _ in range(2))
-        self.key, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.query, self.value, self.key, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, there: Tensor) -> Tensor:
         """[num_rows, length, width] → the same; there: [num_rows, length]."""
@@ -78,9 +70,9 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """Attention, then a feed-forward part, each on what is normalised and added to what was there."""
 
-    def __init__(self, width: int, heads: int, adapters: Adapters | None) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads, adapters)
+        self.norm, self.attention = nn.LayerNorm(width), Attention(width, heads)
         self.forward_part = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
         )
@@ -99,7 +91,7 @@ class Encoder(nn.Module):
         super().__init__()
         s = settings
         self.words = nn.Embedding(s.buckets, s.width)
-        self.layers = nn.ModuleList(Layer(s.width, s.heads, s.adapters) for _ in range(s.layers))
+        self.layers = nn.ModuleList(Layer(s.width, s.heads) for _ in range(s.layers))
         self.norm = nn.LayerNorm(s.width)
 
     def forward(self, places: Tensor) -> Tensor:
@@ -121,18 +113,9 @@ class TextTransformer(Network):
     settings: TextTransformerSpec
 
     def encoder(self) -> tuple[nn.Module, int]:
-        """Embeddings and layers; with adapters those of the base, frozen. Raises PlanError and IntegrityError where the
-        base is not installed, or another."""
-        s = self.settings
-        text_column(self.schema, s.text)
-        made = Encoder(s)
-        if s.adapters is not None and s.base is not None:
-            adapt(made, s.base.read())
-        return made, s.width
-
-    def initial(self, seed: int) -> Floats:
-        """As every network's; adapters add nothing yet."""
-        return at_base(super().initial(seed), self.layers)
+        """Embeddings and layers."""
+        text_column(self.schema, self.settings.text)
+        return Encoder(self.settings), self.settings.width
 
     def inputs(self, table: TableView) -> tuple[Array, ...]:
         """Places of each text's words, int32 [num_rows, length]; raises SchemaError where a text is missing."""

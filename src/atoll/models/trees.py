@@ -113,7 +113,7 @@ class Trees:
         if spec.base is None:
             return made
         found = spec.base.read().get("weights")
-        if spec.base.frozen or found is None or found.dtype != np.float64:
+        if spec.base.frozen or spec.base.adapters or found is None or found.dtype != np.float64:
             raise PlanError("model.base-unfit", "the installed base is not of a model of trees", field="model.base",
                             remedy="install the model.safetensors of a run's trees, and freeze nothing")  # fmt: skip
         made.weights = made._checked(found)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -26,6 +27,8 @@ HEAD = struct.Struct("<BQ")
 FEWEST = 64
 """Values below which a field travels as it is."""
 WIDEST_BITS = 32
+PIECE = 1 << 18
+"""Numbers that are read at a time; a multiple of 8, so that every piece ends with a whole byte."""
 NEAR = 1e-6
 
 
@@ -59,18 +62,24 @@ def encode(values: Array, field: Field) -> Bytes:
     return np.concatenate([np.frombuffer(HEAD.pack(bits, factor), np.uint8), pack(shifted, bits)])
 
 
-def decode(data: Array, field: Field) -> Array:
-    """Inverse of :func:`encode`, flat; raises ProtocolError for what it does not make."""
+def decode(data: Array, field: Field) -> Iterator[tuple[int, Array]]:
+    """Inverse of :func:`encode`, in flat pieces: (offset in elements, piece), so that memory is of one. Raises
+    ProtocolError for what it does not make."""
     size = math.prod(int(n or 0) for n in field.shape)
     bits, factor = HEAD.unpack(data[: HEAD.size].tobytes()) if len(data) >= HEAD.size else (255, 0)
     body = data[HEAD.size :]
-    if bits == 0 and len(body) == field.size_bytes:
-        return np.frombuffer(body.tobytes(), field.dtype)
-    if not 0 < bits <= WIDEST_BITS + 1 or len(body) != packed_bytes(size, bits):
+    plain = bits == 0 and len(body) == field.size_bytes
+    if not plain and (not 0 < bits <= WIDEST_BITS + 1 or len(body) != packed_bytes(size, bits)):
         raise ProtocolError("reply.shape", "a packed field is not of the size that it says", field="bits")
-    numbers = unpack(body, size, bits).astype(np.int64) - (1 << bits - 1)
-    values: Array = numbers * float(factor) * float(field.step or 1)
-    return values
+    width = 8 * field.size_bytes // max(size, 1) if plain else bits
+    for start in range(0, size, PIECE):
+        here = min(PIECE, size - start)
+        part = body[start * width // 8 :][: packed_bytes(here, width)]
+        if plain:
+            yield start, np.frombuffer(part.tobytes(), field.dtype)
+        else:
+            numbers = unpack(part, here, bits).astype(np.int64) - (1 << bits - 1)
+            yield start, numbers * float(factor) * float(field.step or 1)
 
 
 def _bits(most: float) -> int:

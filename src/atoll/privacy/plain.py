@@ -49,9 +49,10 @@ def add_up(replies: Replies, fields: Mapping[str, Field]) -> dict[str, Array]:
 
 def _pieces(received: Received, name: str, declared: Field, site: str) -> Iterator[tuple[int, Array]]:
     if not narrow(declared):
-        return received.pieces(name)
+        yield from received.pieces(name)
+        return
     try:
-        return iter([(0, decode(received.array(name), declared))])
+        yield from decode(received.array(name), declared)
     except AtollError as error:
         raise error.at(site=site) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from scipy.special import stdtrit
+import scipy
 
 from atoll.report import charts, sentences
 from atoll.report.association import notes
@@ -25,7 +25,7 @@ def reach_95(n: object, std: object) -> float | None:
     count, deviation = real(n), real(std)
     if count is None or count < 2 or deviation is None:
         return None
-    return float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
+    return float(scipy.special.stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count)
 
 
 def _means(rows: Sequence[tuple[str, Input]], label: str) -> Html | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.rounds import Reduced, Round
 from atoll.runtime.coordinator import Coordinator, Driver
+from atoll.runtime.noise import noise_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Below:
         """Open a stored run, or open it again, for rounds that a region is asked from above. Raises AtollError."""
         record = self.coordinator.store.run(run)
         driver = Driver(self.coordinator, run, record["plan"], record["sites"])
+        driver.noise = await asyncio.to_thread(noise_of, driver.plan, len(driver.sites))
         await driver.open()
         self._asked[run] = driver
         told = [driver.cohort.rows.get(site) for site in driver.cohort.opened]

@@ -27,7 +27,9 @@ CREATE TABLE IF NOT EXISTS reserved
      day TEXT NOT NULL, open INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS charged
     (run TEXT, round INTEGER, dataset TEXT NOT NULL, epsilon REAL, day TEXT NOT NULL, question TEXT NOT NULL,
-     PRIMARY KEY (run, round));
+     PRIMARY KEY (run, round)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS begun
+    (run TEXT, round INTEGER, question TEXT NOT NULL, PRIMARY KEY (run, round)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS charged_exact ON charged (dataset, day) WHERE epsilon IS NULL;
 """
 
@@ -115,6 +117,15 @@ def reserve(db: sqlite3.Connection, run: str, dataset: str, privacy: Privacy, bu
     db.execute("INSERT INTO reserved VALUES (?, ?, ?, ?, ?, ?, 1)", row)
 
 
+def begin(db: sqlite3.Connection, run: str, number: int, question: str) -> None:
+    """A round of a run under privacy is to be computed, for this one *question*, whatever comes of it: even that an
+    answer did not fail tells of the data. Raises PrivacyBudgetError for another than it was begun for."""
+    db.execute("INSERT OR IGNORE INTO begun VALUES (?, ?, ?)", (run, number, question))
+    [known] = db.execute("SELECT question FROM begun WHERE run = ? AND round = ?", (run, number)).fetchone()
+    if known != question:
+        raise _refused("budget.question", "the round was begun before in other words")
+
+
 def charge(db: sqlite3.Connection, cost: Charge, today: dt.date) -> None:
     """Charge one release, within the transaction that stores it; a round of a run is charged once, however often it
     is asked. Raises PrivacyBudgetError when the quota of exact releases is used up, or less was reserved."""
@@ -149,6 +160,7 @@ def forfeit(db: sqlite3.Connection, run: str, today: dt.date) -> None:
 def settle(db: sqlite3.Connection, run: str) -> None:
     """The run ended: what it reserved and did not use is free again."""
     db.execute("UPDATE reserved SET open = 0 WHERE run = ?", (run,))
+    db.execute("DELETE FROM begun WHERE run = ?", (run,))
 
 
 def _refused(code: str, message: str) -> PrivacyBudgetError:

@@ -8,6 +8,7 @@ reductions, in order, until it reaches the round that was open.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import AtollError, ProtocolError, TransportError
+from atoll.contract.fields import for_members
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of, resumed
 from atoll.contract.protection import Exchange, find
@@ -31,7 +33,6 @@ from atoll.contract.rounds import (
     Summed,
     Together,
     alike,
-    for_members,
 )
 from atoll.contract.wire import Array, Json, Message
 from atoll.ledger.contributions import CONTRIBUTION, record
@@ -125,6 +126,8 @@ class Driver:
         self.cohort = Attendance(run, plan, self.sites, owner.transport, owner.store, self.tell)
         self.seen = Seen()
         self.began = time.monotonic()
+        self.fresh: float = math.inf
+        """From this round on none is stored yet."""
 
     # ---------------------------------------------------------------- the generator
 
@@ -133,7 +136,7 @@ class Driver:
         self.noise = await asyncio.to_thread(noise_of, self.plan, len(self.sites))
         await self.open()
         store = self.owner.store
-        checkpoint = store.checkpoint(self.run)
+        checkpoint, self.fresh = store.checkpoint(self.run), store.next_round(self.run)
         steps = study(self.plan, self.sites, checkpoint[1] if checkpoint else None)
         value: Reduced | tuple[Reduced, ...] | bool | None = None
         number = 0
@@ -162,7 +165,7 @@ class Driver:
 
     async def answered(self, asked: Round, number: int) -> Reduced:
         """A round's reduction: the stored one if there is one."""
-        stored = self.owner.store.reduced(self.run, number)
+        stored = self.owner.store.reduced(self.run, number) if number < self.fresh else None
         value = self.replay(asked, number, stored) if stored else await self.reduce(asked, number)
         self.seen.note(asked, value)
         return value
@@ -224,8 +227,8 @@ class Driver:
         if (most := self.plan.cohort.members) > 1:
             step = replace(step, behind=sum(members_of(replies[site], most) for site in step.sites))
         step = replace(step, cohort=cohort_of(asked))
-        if self.noise is not None:
-            return replace(step, arrays=not_negative(step.arrays, asked.reply))
+        if self.noise is not None:  # of regions' sums the whole is judged, above
+            return step if self.plan.cohort.above else replace(step, arrays=not_negative(step.arrays, asked.reply))
         if not protection.reveals:
             groups = handler_of(build(asked.program, asked.params), asked.name).groups
             check_groups(step.arrays, groups, self.plan.run.min_group_size)

@@ -18,7 +18,7 @@ from atoll.contract.wire import Array, Head, Json, Message
 from atoll.crypto.session import SIGNED_BYTES
 from atoll.ledger.entry import Entry
 from atoll.runtime.receipts import verify_release
-from atoll.runtime.roster import roster_hash
+from atoll.runtime.roster import agreement, roster_hash
 from atoll.transport.base import Progress, Transport
 from atoll.transport.spool import Incoming
 
@@ -33,15 +33,15 @@ class Courier:
         """roster: the cohort's public keys (hex) by site."""
         self._transport, self._run, self._plan = transport, run, plan
         self._roster, self._plan_hash, self._roster_hash = dict(roster), plan.hash, roster_hash(roster)
+        self._agreed = agreement(self._plan_hash, self._roster_hash)
         self._keys = {site: bytes.fromhex(key) for site, key in sorted(roster.items())}
         self._owed: dict[str, list[Json]] = {}
+        self._last: tuple[Round, dict[str, Json]] | None = None
 
     def terms(self, asked: Round, number: int, attempt: int, question: str) -> Terms:
         """What all parties agree on before a round."""
         least, choice = self._plan.cohort.min_sites, self._plan.protection
-        return Terms(
-            self._run, number, attempt, self._keys, self._roster_hash, least, choice, question, cohort_of(asked)
-        )
+        return Terms(self._run, number, attempt, self._keys, self._agreed, least, choice, question, cohort_of(asked))
 
     def owe(self, receipts: Mapping[str, list[Json]]) -> None:
         """Sites are to be sent these receipts with what they are sent next."""
@@ -62,14 +62,10 @@ class Courier:
         question: what a protection binds every step to (see :func:`described`)."""
         task = TaskId(self._run, number, attempt, exchange.step, site)
         owed = list(self._owed.get(site, []))
-        meta: dict[str, Json] = {
-            "id": str(task),
-            **task.to_json(),
-            **described(asked),
-            "question": question,
-            "cohort": cohort_of(asked),
-            "receipts": owed,
-        }
+        if self._last is None or self._last[0] is not asked:  # all sites are told the same of it, in every step
+            self._last = (asked, {**described(asked), "cohort": cohort_of(asked)})
+        told: dict[str, Json] = {**self._last[1], "question": question, "receipts": owed}
+        meta: dict[str, Json] = {"id": str(task), **task.to_json(), **told}
         own = {OWN + name: value for name, value in {**exchange.send, **exchange.send_to.get(site, {})}.items()}
         sent = {**asked.send, **asked.send_to.get(site, {})} if exchange.step == REPLY else {}
         message = Message("task", meta, {**sent, **own})

@@ -18,9 +18,10 @@ from typing import Any
 
 from atoll.contract.disclosure import Rule, check_groups, judged
 from atoll.contract.errors import PolicyError
+from atoll.contract.fields import Field, as_arrays, clip
 from atoll.contract.program import Handler
 from atoll.contract.protection import REPLY, Protection
-from atoll.contract.rounds import Field, TaskId, as_arrays, clip
+from atoll.contract.rounds import TaskId
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.crypto.prg import Stream
 from atoll.privacy.dp.release import Noise

@@ -27,9 +27,10 @@ from atoll.data.site_data import SiteData
 from atoll.data.table import Table
 from atoll.runtime.fleet import Fleet
 from atoll.runtime.noise import telling_nothing
-from atoll.runtime.simulated import Simulated, Simulation
+from atoll.runtime.simulated import Simulation
 from atoll.runtime.simulation import Answer, Engine
 from atoll.runtime.study import check_plan, settled, study
+from atoll.runtime.timeline import Simulated
 from atoll.runtime.virtual_time import Virtual
 from atoll.runtime.work import ROW_S, Work
 

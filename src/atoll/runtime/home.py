@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import datetime as dt
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from atoll.contract.errors import IntegrityError, PlanError, ProtocolError
+from atoll.contract.errors import IntegrityError, PlanError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
 from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Json
@@ -29,7 +31,7 @@ from atoll.data.sources import SourceSpec
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.store import RunStore
-from atoll.transport.grpc import call_unary, join_address
+from atoll.transport.grpc_channel import call_unary, join_address
 
 POLICY_TEMPLATE = """\
 # What this site lets happen to its data. The site enforces it; the coordinator cannot lift it.
@@ -53,6 +55,8 @@ audit: null                                  # or {max_leak_rate: 0.0}: no train
 
 
 PUBLIC_KEY = "[0-9a-f]{64}"
+RENEW_S = 3600.0
+"""How often at most a certificate is renewed by one clock alone, which may be wrong, or lie."""
 
 
 class CoordinatorConfig(BaseModel):
@@ -151,8 +155,8 @@ class CoordinatorHome:
         site, fingerprint = pki.read_site_certificate(certificate_pem, self.ca)
         if pki.expired(certificate_pem):  # a TLS session that is resumed does not look again
             raise IntegrityError(
-                "certificate.expired", "the site's certificate has expired", field=site,
-                remedy="ask the coordinator's operator for a new invitation",
+                "certificate.expired", f"by the coordinator's clock, {pki.clock()}, the site's certificate has expired",
+                field=site, remedy="if that clock is right, ask the coordinator's operator for a new invitation",
             )  # fmt: skip
         row = store.sites().get(site)
         good = row["certificates"].split() if row and row["public_key"] and not row["revoked"] else []
@@ -195,6 +199,7 @@ class SiteHome:
         self.policy = Policy.load(folder / "policy.yaml")
         self.ca_pem = (folder / "ca.pem").read_bytes()
         self.scratch = folder / "scratch"
+        self._asked = -math.inf  # for a renewal, by monotonic time
 
     @staticmethod
     async def create(
@@ -260,20 +265,28 @@ class SiteHome:
         certificate = (self.folder / "tls.pem").read_bytes()
         if pki.expired(certificate):
             raise IntegrityError(
-                "certificate.expired", "this site's certificate has expired", field="tls.pem",
-                remedy="check the clock; if it is right, ask for a new invitation and enrol again",
+                "certificate.expired", f"by this site's clock, {pki.clock()}, its certificate has expired",
+                field="tls.pem", remedy="set the clock right; if it is, ask for a new invitation and enrol again",
             )  # fmt: skip
         return check_private(self.folder / "tls.key"), certificate
 
-    async def renew(self, call: Any, *, force: bool = False) -> bool:
+    async def renew(self, call: Any, *, force: bool = False, at: dt.datetime | None = None) -> bool:
         """Renew the certificate when a third of its life is left (or by *force*); True if it was.
 
-        call: sends {"csr"} to the coordinator and returns its answer.
+        That is when this site's clock and the coordinator's say so; or only one of the two, but then once in RENEW_S.
+        call: sends {"csr"} to the coordinator and returns its answer. at: the time by the coordinator's clock (default:
+        by this site's).
         """
-        if not force and not pki.needs_renewal((self.folder / "tls.pem").read_bytes()):
+        held, before, now = (self.folder / "tls.pem").read_bytes(), self._asked, time.monotonic()
+        due = [pki.needs_renewal(held, clock) for clock in (None, at)]
+        if not (force or all(due) or (any(due) and now >= before + RENEW_S)):
             return False
-        key = pki.load_key(check_private(self.folder / "tls.key"))
-        answer = await call({"csr": pki.make_csr(key, self.config.name).decode()})
+        key, self._asked = pki.load_key(check_private(self.folder / "tls.key")), now
+        try:
+            answer = await call({"csr": pki.make_csr(key, self.config.name).decode()})
+        except (TransportError, asyncio.CancelledError):  # lost on the way: it may be asked for at once
+            self._asked = before
+            raise
         await asyncio.to_thread(self._replace_certificate, _certificate(answer))
         return True
 

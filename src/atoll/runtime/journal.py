@@ -11,18 +11,18 @@ import datetime as dt
 import json
 import os
 import sqlite3
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from atoll.contract.errors import IntegrityError, ProtocolError
 from atoll.contract.plan import Plan
-from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, to_json
+from atoll.contract.wire import Array, Json, Message, decode, encode, encode_bytes, read_head, to_json
 from atoll.crypto.session import Session
 from atoll.ledger.contributions import CONTRIBUTION
-from atoll.ledger.entry import EMPTY, Chain, Entry, Signer
-from atoll.runtime.budget import TABLES, Budget, Charge, Spent, charge, forfeit, reserve, settle, spent
+from atoll.ledger.entry import Entry, Signer
+from atoll.runtime.budget import TABLES, Budget, Charge, Spent, begin, charge, forfeit, reserve, settle, spent
+from atoll.runtime.ledger_file import LedgerFile
 from atoll.runtime.memory import Query
 
 OPEN = ("pending", "approved", "running")
@@ -38,16 +38,14 @@ ENDS = ("finished", "failed", "cancelled")
 
 LARGE_BYTES = 4 << 20
 _TABLES = """
-CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, line TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS release
     (seq INTEGER PRIMARY KEY, task TEXT UNIQUE NOT NULL, run TEXT NOT NULL, hash TEXT NOT NULL, message BLOB);
 CREATE TABLE IF NOT EXISTS state (run TEXT, program TEXT, arrays BLOB NOT NULL, PRIMARY KEY (run, program));
 CREATE TABLE IF NOT EXISTS run (run TEXT PRIMARY KEY, status TEXT NOT NULL, opened BLOB NOT NULL, note TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS rowset (digest TEXT PRIMARY KEY, cells BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS asked (key TEXT, digest TEXT, cohort TEXT, PRIMARY KEY (key, digest, cohort));
+CREATE TABLE IF NOT EXISTS asked (key TEXT, digest TEXT, cohort TEXT, PRIMARY KEY (key, digest, cohort)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-
 
 Receipt = tuple[int, Json]
 """(sequence number of the release entry, the coordinator's receipt)."""
@@ -65,82 +63,46 @@ def _today() -> dt.date:
     return dt.datetime.now(dt.UTC).date()
 
 
+def _read_only(value: Array) -> Array:
+    """As what is read from the database is."""
+    view = value.view()
+    view.flags.writeable = False
+    return view
+
+
 def _before(program: str) -> str:
     """Under which name the state before the last round that changed it is kept."""
     return f"{program} before"
 
 
-class Journal:
-    """Safe for threads of one process; other processes may read, and write settings."""
+class Journal(LedgerFile):
+    """Safe for threads of one process; other processes may read, and write: what is kept in memory is then forgotten,
+    and what follows from an older state of a protection is not stored."""
 
-    def __init__(self, path: Path | str, party: str, public: bytes, sign: Signer, *, durable: bool = True) -> None:
-        """durable=False is for sandboxes whose journal dies with the process: no fsync, no other readers."""
-        self._lock = threading.RLock()
-        self._path = Path(path)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-        settings = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")  # keys are gone when they are deleted
-        for pragma in settings if durable else ("locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF"):
-            self._db.execute(f"PRAGMA {pragma}")
-        self._db.executescript(_TABLES + TABLES)
-        last = self._db.execute("SELECT line FROM ledger ORDER BY seq DESC LIMIT 1").fetchone()
-        entry: dict[str, Json] = json.loads(last[0]) if last else {"seq": -1, "hash": EMPTY}
-        self.chain = Chain(party, public, sign, entry["seq"], entry["hash"])
-        if not last:
-            with self.transaction():
-                self._append(self.chain.genesis())
+    def __init__(
+        self, path: Path | str, party: str, public: bytes, sign: Signer, *, durable: bool = True,
+        temporary: bool = False,
+    ) -> None:  # fmt: skip
+        """As :class:`LedgerFile`; large releases are in files beside it, a temporary one's too."""
+        self._sent: dict[int, str] = {}
+        self._in_files: set[int] = set()
+        self._kept: dict[str, dict[str, Array]] = {}
+        self._turns: dict[str, int] = {}
+        self._version = -1
+        super().__init__(path, _TABLES + TABLES, party, public, sign, durable=durable, temporary=temporary)
         self._sweep()
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, and durable afterwards; raises IntegrityError when it cannot be written."""
-        with self._lock:
-            seq, head = self.chain.seq, self.chain.head
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-                self._follow()
-                yield
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                self.chain.seq, self.chain.head = seq, head
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error | OSError):
-                    raise IntegrityError(
-                        "ledger.not-written",
-                        "the journal cannot be written, so nothing leaves the site",
-                        field="journal",
-                        remedy="free disk space at the site and check the journal's permissions",
-                    ) from None
-                raise
-
     def _follow(self) -> None:
-        """Take up the head that another process of the same party (an operator's command) may have moved."""
-        seq = self._db.execute("SELECT max(seq) FROM ledger").fetchone()[0]
-        if seq is not None and seq != self.chain.seq:
-            self.chain.seq, self.chain.head = seq, self.entry(seq)["hash"]
+        super()._follow()
+        self._look()
 
-    def _append(self, entry: Entry) -> Entry:
-        self._db.execute("INSERT INTO ledger VALUES (?, ?)", (entry["seq"], self.chain.line))
-        self.chain.commit(entry)
-        return entry
-
-    def record(self, kind: str, body: Entry) -> Entry:
-        """Append one signed ledger entry, durably."""
-        with self.transaction():
-            return self._append(self.chain.next(kind, body))
-
-    def entry(self, seq: int) -> Entry:
-        """One entry; raises IntegrityError if there is none."""
-        with self._lock:
-            row = self._db.execute("SELECT line FROM ledger WHERE seq = ?", (seq,)).fetchone()
-        if row is None:
-            raise IntegrityError("ledger.no-entry", f"the ledger has no entry {seq}", field="seq")
-        return dict(json.loads(row[0]))
-
-    def export(self, path: Path) -> None:
-        """Write the ledger as JSON lines."""
-        with self._lock, path.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for (line,) in self._db.execute("SELECT line FROM ledger ORDER BY seq"))
+    def _look(self) -> None:
+        """Forget what is kept in memory, where another process wrote: it may have gone on with a run, or ended it."""
+        version = self._db.execute("PRAGMA data_version").fetchone()[0]
+        if version != self._version:
+            self._version = version
+            self._kept.clear()
+            self._sent.clear()
 
     # -- releases and state
 
@@ -162,7 +124,10 @@ class Journal:
         status, seq, stored, arrays = row
         if seq is not None and stored is None:
             raise IntegrityError("release.acknowledged", "the release was acknowledged and is no longer kept")
-        release = None if stored is None else decode(stored or self._large(seq).read_bytes())
+        release = None
+        if stored is not None:
+            made = decode(stored or self._large(seq).read_bytes())
+            release = Message("release", {"re": task, "entry": self.entry(seq)}, made.arrays)
         state = decode(arrays) if arrays else Message("state")
         if number >= 0 and state.meta.get("round") == number:  # another attempt at the round that changed it
             return status or "unknown", release, self.state(run, _before(program))
@@ -171,8 +136,14 @@ class Journal:
     def state(self, run: str, program: str) -> dict[str, Array]:
         """What *program* keeps in *run*; empty at first."""
         with self._lock:
+            self._look()
+            if program == PROTECTION and run in self._kept:
+                return dict(self._kept[run])
             row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
-        return decode(row[0]).arrays if row else {}
+            found = decode(row[0]) if row else Message("state")
+            if program == PROTECTION:
+                self._turns[run] = int(found.meta.get("turn", 0))
+        return found.arrays
 
     def personal(self, run: str) -> Message:
         """The model that the site has for itself in *run* ("weights", if it has one); with it the "round" it is of, and
@@ -191,16 +162,19 @@ class Journal:
         if any(path.name.startswith(mark) for path in self._path.parent.iterdir()):
             with self.transaction():  # nobody else is writing one now
                 rows = self._db.execute("SELECT seq FROM release WHERE length(message) = 0")
-                kept = {self._large(seq) for (seq,) in rows}
+                self._in_files = {seq for (seq,) in rows}
+                kept = {self._large(seq) for seq in self._in_files}
                 for path in self._path.parent.iterdir():
                     if path.name.startswith(mark) and path not in kept:
                         path.unlink(missing_ok=True)
 
-    def _keep(self, seq: int, message: Message) -> bytes:
-        """The message as the database's blob; a large one goes to a file instead, without another copy."""
-        parts = encode(message)
+    def _keep(self, seq: int, arrays: dict[str, Array]) -> bytes:
+        """A release as the database's blob, its entry being in the ledger; a large one goes to a file instead, without
+        another copy."""
+        parts = encode(Message("release", {}, arrays))
         if sum(len(part) for part in parts) <= LARGE_BYTES:
             return b"".join(parts)
+        self._in_files.add(seq)
         descriptor = os.open(self._large(seq), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:  # buffered: writes the rest when the disk takes a part
             for part in parts:
@@ -238,33 +212,52 @@ class Journal:
                     self._remember(query)
                 if cost is not None:
                     charge(self._db, cost, _today())
-                large = self._store_receipts(receipts, sign=False)
-                entry = self._append(self.chain.next("release", body))
-                message = Message("release", {"re": task, "entry": entry}, arrays)
+                self._store_receipts(receipts, sign=False)
+                # in the order in which it is read again, so that a repeated release is the same bytes
+                entry = self._append(self.chain.next("release", dict(sorted(body.items()))))
                 seq = entry["seq"]
-                row = (seq, task, run, entry["hash"], self._keep(seq, message))
+                row = (seq, task, run, entry["hash"], self._keep(seq, arrays))
                 self._db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?)", row)
                 if state is not None:
                     self._store_state(run, program, state, int(body.get("round", -1)))
                 if protection is not None:
-                    self._put_state(run, PROTECTION, Message("state", {}, dict(protection)))
+                    self._store_protection(run, protection)
                 if personal is not None:
                     fitted = json.loads(self.setting(f"view {run}") or "{}")
                     about = {"round": int(body.get("round", -1)), "fitted": fitted}
                     self._put_state(run, PERSONAL, Message("state", about, dict(personal)))
         except BaseException:
+            self._kept.pop(run, None)
             if seq is not None:  # what was written of a large release would keep the disk full
                 self._forget([seq])
             raise
-        self._forget(large)
-        return message
+        self._acknowledged(receipts)
+        self._sent[seq] = entry["hash"]
+        return Message("release", {"re": task, "entry": entry}, arrays)
 
     def _store_state(self, run: str, program: str, state: Mapping[str, Array], number: int) -> None:
         """Keep the state, and the one before its round, should the round be asked anew."""
         row = self._db.execute("SELECT arrays FROM state WHERE run = ? AND program = ?", (run, program)).fetchone()
-        if row and number >= 0 and decode(row[0]).meta.get("round") != number:
-            self._put_state(run, _before(program), decode(row[0]))
+        if row and number >= 0 and read_head(row[0]).meta.get("round") != number:
+            self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, _before(program), row[0]))
         self._put_state(run, program, Message("state", {"round": number}, dict(state)))
+
+    def _store_protection(self, run: str, state: Mapping[str, Array]) -> None:
+        """Raises IntegrityError where it does not follow from the state before: a second set of survivors, say, must
+        not be signed in a round."""
+        turn = self._turns.get(run, 0)
+        if run not in self._kept:  # another process wrote since it was read, if only about something else
+            row = self._db.execute(
+                "SELECT arrays FROM state WHERE run = ? AND program = ?", (run, PROTECTION)
+            ).fetchone()
+            if turn != (read_head(row[0]).meta.get("turn", 0) if row else 0):
+                raise IntegrityError(
+                    "journal.two-processes", "another process of this site went on with the run", field="journal",
+                    remedy="run one process of a site at a time, then submit again",
+                )  # fmt: skip
+        self._put_state(run, PROTECTION, Message("state", {"turn": turn + 1}, dict(state)))
+        self._turns[run] = turn + 1
+        self._kept[run] = {name: _read_only(value) for name, value in state.items()}
 
     def _put_state(self, run: str, program: str, state: Message) -> None:
         self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (run, program, encode_bytes(state)))
@@ -290,6 +283,9 @@ class Journal:
     def released_hash(self, seq: int) -> str:
         """The hash of release entry *seq*; raises IntegrityError if it is none."""
         with self._lock:
+            self._look()
+            if seq in self._sent:
+                return self._sent[seq]
             row = self._db.execute("SELECT hash FROM release WHERE seq = ?", (seq,)).fetchone()
         if row is None:
             raise IntegrityError("receipt.unknown", f"ledger entry {seq} is not a release", field="receipt")
@@ -299,24 +295,27 @@ class Journal:
         """Store verified receipts and forget the releases' content; repeating does nothing."""
         if receipts:
             with self.transaction():
-                large = self._store_receipts(receipts, sign=True)
-            self._forget(large)
+                self._store_receipts(receipts, sign=True)
+            self._acknowledged(receipts)
 
-    def _store_receipts(self, receipts: Sequence[Receipt], *, sign: bool) -> list[int]:
-        """Append receipt entries; returns the releases whose content is in files of their own."""
-        large = []
+    def _store_receipts(self, receipts: Sequence[Receipt], *, sign: bool) -> None:
+        """Append receipt entries, and forget the releases' content in the database."""
         for seq, receipt in receipts:
-            row = self._db.execute("SELECT length(message) FROM release WHERE seq = ?", (seq,)).fetchone()
-            if row is not None and row[0] is not None:
-                self._db.execute("UPDATE release SET message = NULL WHERE seq = ?", (seq,))
+            kept = "UPDATE release SET message = NULL WHERE seq = ? AND message NOT NULL"
+            if self._db.execute(kept, (seq,)).rowcount:
                 self._append(self.chain.next("receipt", {"of": seq, "receipt": receipt}, sign=sign))
-                if row[0] == 0:
-                    large.append(seq)
-        return large
 
-    def _forget(self, large: Sequence[int]) -> None:
-        for seq in large:
+    def _acknowledged(self, receipts: Sequence[Receipt]) -> None:
+        """Stored *receipts*: forget what is kept of their releases outside of the database."""
+        seqs = [seq for seq, _ in receipts]
+        for seq in seqs:
+            self._sent.pop(seq, None)
+        self._forget(seqs)
+
+    def _forget(self, seqs: Sequence[int]) -> None:
+        for seq in self._in_files.intersection(seqs):
             self._large(seq).unlink(missing_ok=True)
+            self._in_files.discard(seq)
 
     def unacknowledged(self, run: str) -> list[int]:
         """Release entries of *run* whose receipt has not come."""
@@ -354,10 +353,18 @@ class Journal:
 
     def _forget_secrets(self, run: str) -> None:
         settle(self._db, run)
+        self._kept.pop(run, None)
+        self._turns.pop(run, None)
         names = [f"{what} {run}" for what in ("session", "rows", "quality", "view")]
         self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?, ?)", names)
         kept = PERSONAL if self.status(run) == "finished" else ""
         self._db.execute("DELETE FROM state WHERE run = ? AND program <> ?", (run, kept))
+
+    def begin_round(self, run: str, number: int, question: str) -> None:
+        """Durably remember, before it is computed, what a round of differential privacy asks. Raises
+        PrivacyBudgetError where it asked something else before."""
+        with self.transaction():
+            begin(self._db, run, number, question)
 
     def advance(self, run: str, before: str, after: str) -> None:
         """Change a run's status from *before* to *after*; one that was closed meanwhile stays closed."""
@@ -435,8 +442,3 @@ class Journal:
             raise ProtocolError("task.view", "a step was fitted otherwise before in the run", field="view")
         if view.keys() - pinned.keys():
             self.set_setting(name, to_json({**pinned, **view}).decode())
-
-    def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._db.close()

@@ -16,11 +16,11 @@ class Mailbox:
 
     def __init__(
         self, name: str, run: str, program: str, session: Session, sign: Callable[[bytes], bytes],
-        roster: Mapping[str, bytes], roster_hash: str,
+        roster: Mapping[str, bytes], agreed: str,
     ) -> None:  # fmt: skip
         """roster: the cohort's public identity keys (raw) by site. sign: by the site's own identity."""
         self._name, self._run, self._program, self._session = name, run, program, session
-        self._sign, self._roster, self._roster_hash = sign, roster, roster_hash
+        self._sign, self._roster, self._agreed = sign, roster, agreed
         self._checked: dict[tuple[str, bytes], bytes] = {}
 
     @property
@@ -30,7 +30,7 @@ class Mailbox:
     @cached_property
     def key(self) -> bytes:
         public = self._session.public
-        return public + self._sign(claim(self._run, self._roster_hash, self._name, public))
+        return public + self._sign(claim(self._run, self._agreed, self._name, public))
 
     def seal(self, receiver: str, key: bytes, step: str, number: int, data: bytes) -> bytes:
         public = self._public(receiver, key)
@@ -52,9 +52,9 @@ class Mailbox:
         if len(key) != SIGNED_KEY_BYTES:
             raise ProtocolError("session.malformed", "a session key is not of the right size", field=site)
         if (site, key) not in self._checked:  # every round writes to the same few
-            public = check_claim(key, self._run, self._roster_hash, site, self._roster[site])
+            public = check_claim(key, self._run, self._agreed, site, self._roster[site])
             self._checked = {**self._checked, (site, key): public}
         return self._checked[site, key]
 
     def _about(self, step: str, number: int, sender: str, receiver: str) -> bytes:
-        return label("atoll mail 1", self._run, self._roster_hash, self._program, step, number, sender, receiver)
+        return label("atoll mail 1", self._run, self._agreed, self._program, step, number, sender, receiver)

@@ -18,12 +18,13 @@ stay who they are, and iterations that are near-repeats. All are what differenti
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from atoll.contract.errors import DisclosureError, ProtocolError
+from atoll.contract.errors import DisclosureError
+from atoll.contract.rounds import not_taken
 from atoll.contract.wire import Array, Json, Message, body_parts, canonical_json
 from atoll.data.sketch import Sketch
 
@@ -35,15 +36,30 @@ def query_key(dataset: str, message: Message) -> str:
     return hashlib.sha256(b"atoll query 1\0" + canonical_json(asked)).hexdigest()
 
 
+class Question:
+    """What one task asks, with whichever of its *arrays*: what is the same of all digests is encoded once."""
+
+    def __init__(self, meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> None:
+        asked = canonical_json({name: meta[name] for name in ("program", "name", "params", "view", "fields")})
+        self._begin, self._arrays = b"atoll question 1\0[" + asked + b",", arrays
+        self._known: dict[tuple[str, ...], str] = {}
+
+    def digest(self, names: Iterable[str]) -> str:
+        """What a release entry says of the question: SHA-256 (hex) over program, handler, parameters, view, fields and
+        the sent arrays of these *names*."""
+        of = tuple(names)
+        if of not in self._known:
+            specs, parts = body_parts({name: self._arrays[name] for name in of})
+            digest = hashlib.sha256(self._begin + canonical_json(specs) + b"]")
+            for part in parts:
+                digest.update(part)
+            self._known[of] = digest.hexdigest()
+        return self._known[of]
+
+
 def question_digest(meta: Mapping[str, Json], arrays: Mapping[str, Array]) -> str:
-    """What a release entry says of the question: SHA-256 (hex) over program, handler, parameters, view, fields and
-    sent *arrays*."""
-    asked: Json = {name: meta[name] for name in ("program", "name", "params", "view", "fields")}
-    specs, parts = body_parts(arrays)
-    digest = hashlib.sha256(b"atoll question 1\0" + canonical_json([asked, specs]))
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    """:class:`Question`'s digest over all of *arrays*."""
+    return Question(meta, arrays).digest(arrays)
 
 
 def period_of(name: str, sent: Mapping[str, Array]) -> str:
@@ -53,7 +69,7 @@ def period_of(name: str, sent: Mapping[str, Array]) -> str:
         return ""
     told = sent.get(name)
     if told is None or told.shape or told.dtype.kind not in "fiu" or not np.isfinite(told):
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
+        raise not_taken(name)
     return (told.astype(np.float64) + 0.0).tobytes().hex()
 
 

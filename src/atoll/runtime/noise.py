@@ -46,13 +46,13 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
     """Kept, as calibrating takes seconds."""
     plan = Plan.from_json(json.loads(plan_json))
     privacy = cast(Privacy, plan.privacy)
-    rounds, ended = dry(plan)
+    rounds, ended = dry(plan, num_sites)
     if not ended:
         raise PlanError(
             "privacy.rounds", "how many sums the study needs cannot be told beforehand, so no noise can be chosen",
             field="program", remedy="choose a program with a fixed number of rounds, and recipe steps that fit nothing",
         )  # fmt: skip
-    problems = [asked for asked in rounds if not isinstance(asked.reduce, Sum)]
+    problems = [asked for asked in rounds if not isinstance(asked.reduce, Sum) and not silent(asked)]
     if problems:
         raise PlanError(
             "privacy.exact-replies", f"{problems[0].program} asks for single replies, which no shared noise protects",
@@ -66,20 +66,24 @@ def _noise(plan_json: bytes, num_sites: int) -> Noise:
     single = privacy.unit == "record" or (privacy.unit == "entity" and privacy.rows_per_entity == 1)
     rates, once = [], []
     for number, asked in enumerate(rounds):
+        if silent(asked):
+            rates.append(0.0)
+            continue
         made = build(asked.program, asked.params)
         _declared(plan, made, handler_of(made, asked.name), asked.name)
         # whoever has several rows is in more samples, and in more rounds
         rates.append(float(getattr(made, "sampling_rate", 1.0)) if single else 1.0)
         if single and asked.name in getattr(made, "once", ()):
             once.append(number)
-    shared, least = not find(plan.protection.sum).reveals, min(plan.cohort.min_sites, num_sites)
+    behind, least = plan.cohort.members, min(plan.cohort.min_sites, num_sites)
+    shared = not find(plan.protection.sum).reveals and behind == 1  # a region is no site whose share one may count on
     if once and shared and least < num_sites:
         raise PlanError(
             "privacy.tree-dropouts", "shares of a tree of noise need the same sites in every round",
             field="cohort.min_sites", remedy=f"set cohort.min_sites to {num_sites} and on_dropout to fail",
         )  # fmt: skip
     planned = [asked_of(one.program, one.params, one.name, one.reply) for one in rounds]
-    noise = Noise(privacy, rates, least, shared=shared, once=once, planned=planned)
+    noise = Noise(privacy, rates, least, shared=shared, once=once, planned=planned, behind=behind)
     if rates:
         _ = noise.multipliers  # found now, so that a promise that cannot be kept is refused before data is read
     return noise
@@ -160,10 +164,17 @@ def _by_bounds(fields: Mapping[str, Field]) -> dict[str, Norms]:
     return found
 
 
-def dry(plan: Plan) -> tuple[list[Round], bool]:
-    """The rounds that a study asks for, found by running it on sums that tell nothing; and whether it ended."""
+def silent(asked: Round) -> bool:
+    """Does nothing of the data leave a site in this round, but that it is ready?"""
+    return isinstance(asked.reduce, Ready) and not asked.reply
+
+
+def dry(plan: Plan, num_sites: int = 3) -> tuple[list[Round], bool]:
+    """The rounds that a study asks of so many sites, found by running it on sums that tell nothing, to which sites are
+    ready in the order in which they were asked; and whether it ended."""
     asked: list[Round] = []
-    steps, value, ended = study(plan, ("a", "b", "c")), None, False
+    sites, flying = tuple(f"site-{place}" for place in range(num_sites)), list[str]()
+    steps, value, ended = study(plan, sites), None, False
     with np.errstate(all="ignore"), contextlib.suppress(AtollError, *UNDEFINED):
         while len(asked) < DRY_ROUNDS:
             try:
@@ -175,19 +186,18 @@ def dry(plan: Plan) -> tuple[list[Round], bool]:
             if isinstance(item, Round | Together):
                 these = item.rounds if isinstance(item, Together) else (item,)
                 asked.extend(these)
-                nothing = tuple(map(_nothing, these))
+                nothing = tuple(_nothing(one, sites if one.sites is None else one.sites, flying) for one in these)
                 value = nothing if isinstance(item, Together) else nothing[0]
     steps.close()
     return asked, ended
 
 
-def _nothing(asked: Round) -> Summed | Gathered | Arrival:
+def _nothing(asked: Round, sites: tuple[str, ...], flying: list[str]) -> Summed | Gathered | Arrival:
     if isinstance(asked.reduce, Ready | Stream):
+        flying += sites
         zeros = {n: np.zeros([size or 0 for size in f.shape], f.dtype) for n, f in asked.reply.items()}
-        return Arrival("a", 0, zeros)
-    if not isinstance(asked.reduce, Sum):
-        return Gathered({})
-    return Summed(telling_nothing(asked.reply), ("a", "b", "c"))
+        return Arrival(flying.pop(0) if flying else "", 0, zeros)
+    return Summed(telling_nothing(asked.reply), sites) if isinstance(asked.reduce, Sum) else Gathered({})
 
 
 def telling_nothing(fields: Mapping[str, Field]) -> dict[str, Array]:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError, ProtocolError
+from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build
 from atoll.contract.protection import Protection, Terms
 from atoll.contract.rounds import Field, TaskId
 from atoll.contract.schema import TableSchema
-from atoll.contract.wire import Array, Json, Message, canonical_json
+from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity
 from atoll.crypto.prg import Stream, derive
 from atoll.crypto.session import Session
@@ -30,6 +30,7 @@ from atoll.runtime.memory import Query, query_key
 from atoll.runtime.noise import asked_of, check_entities, noise_of, norms_of
 from atoll.runtime.party import Own
 from atoll.runtime.policy import Policy
+from atoll.runtime.roster import agreement
 from atoll.runtime.study import Permitted
 
 
@@ -43,31 +44,31 @@ class Opened:
         _, announced, _ = journal.run(run) or ("", {}, "")
         self.plan = Plan.from_json(announced["plan"])
         self.hash, self.roster_hash = str(announced["hash"]), str(announced["roster_hash"])
+        self._agreed = agreement(self.hash, self.roster_hash)
         self.roster = {site: bytes.fromhex(key) for site, key in sorted(announced["roster"].items())}
         self.noise = noise_of(self.plan, len(self.roster))
         self._identity, self._journal, self._policy, self._read = identity, journal, policy, read
         self._secret = journal.session(run)
         self._session = Session(self._secret)
         self._permitted = Permitted(self.plan)
-        self._program: dict[bytes, Program] = {}
+        self._program: tuple[str, Json, Program] | None = None
         self._data: SiteData | None = None
 
     def program(self, name: str, params: Json) -> Program:
         """A program that plan and policy both allow here; the last one is kept, as rounds mostly repeat it."""
-        key = canonical_json([name, params])
-        if key not in self._program:
+        if self._program is None or self._program[:2] != (name, params):
             made = build(name, params)
             self._permitted.check(made)
             self._policy.check_program(made.name, made.version)
-            self._program = {key: made}
-        return self._program[key]
+            self._program = (name, params, made)
+        return self._program[2]
 
     def check_planned(self, number: int, meta: Mapping[str, Json], fields: Mapping[str, Field]) -> None:
         """Under privacy, raise PolicyError for single replies and PrivacyBudgetError for what the noise was not chosen
         for: another handler, dtype or shape than the plan leads to in this round."""
         if self.noise is None:
             return
-        if meta["reduce"] != "sum":
+        if meta["reduce"] not in ("sum", "ready"):  # who is ready sends nothing else
             raise PolicyError("policy.withheld", "the plan's privacy lets only noised sums out", field="privacy")
         asked = asked_of(str(meta["program"]), meta["params"], str(meta["name"]), fields)
         if number >= len(self.noise.planned) or self.noise.planned[number] != asked:
@@ -77,14 +78,18 @@ class Opened:
             )  # fmt: skip
 
     @contextmanager
-    def paying(self, run: str) -> Iterator[None]:
-        """Under privacy a failure tells something of the data too: the run ends here, and pays all that it reserved."""
+    def paying(self, task: TaskId, question: str) -> Iterator[None]:
+        """Under privacy a failure tells something of the data too: the run ends here, and pays all that it reserved. So
+        does an answer that is then not let out, for nothing: a round is computed for one *question* only. Raises
+        PrivacyBudgetError for another, before it is."""
+        if self.noise is not None:
+            self._journal.begin_round(task.run, task.round, question)
         try:
             yield
         except Exception as error:
-            refused = isinstance(error, IntegrityError | PrivacyBudgetError)
+            refused = isinstance(error, IntegrityError | PrivacyBudgetError | TransportError)
             if self.noise is not None and not refused and getattr(error, "code", "") != "run.not-open":
-                self._journal.forfeit(run)
+                self._journal.forfeit(task.run)
             raise
 
     def tables(self, view: Mapping[str, Any]) -> tuple[Table, Table]:
@@ -104,7 +109,7 @@ class Opened:
         the plan leads to."""
         least, choice, question = self.plan.cohort.min_sites, self.plan.protection, str(meta.get("question", ""))
         some = self._cohort(meta.get("cohort"), program)
-        terms = Terms(task.run, task.round, task.attempt, self.roster, self.roster_hash, least, choice, question, some)
+        terms = Terms(task.run, task.round, task.attempt, self.roster, self._agreed, least, choice, question, some)
         state = {} if protection.reveals else self._journal.state(task.run, PROTECTION)
         me = self._identity
         return Own(me.name, terms, self._session, sent, state, me.sign, self._policy)
@@ -130,7 +135,7 @@ class Opened:
     def mail(self, run: str, program: str) -> Mailbox:
         """What a handler of *program* may write to other sites."""
         me = self._identity
-        return Mailbox(me.name, run, program, self._session, me.sign, self.roster, self.roster_hash)
+        return Mailbox(me.name, run, program, self._session, me.sign, self.roster, self._agreed)
 
     def random(self, number: int, purpose: str) -> Callable[[str], Stream]:
         """Secret randomness of one round, by label: the same when it is asked again, so that nothing is told twice."""

@@ -7,7 +7,10 @@ addition is associative, the result is that of one cohort of all the sites, up t
 Parties: the coordinator above, regions, their own sites, which may be regions again. Messages: at each level those of
 its protection. What each learns: a site's coordinator what that level's protection shows it, mostly the region's sum;
 the level above, and the other regions, what its own protection shows of the regions' sums, and how many sites stand
-behind each. Threat model: at each level that of its protection, and a region's operator is to its sites what any
+behind each. Under the plan's ``privacy`` a site's share of the noise is of the fewest sites that its own region may
+have left, so every region's sum holds all of it, whatever others are or say, and a region adds none. (That is more than
+one cohort of all would have: of regions that hold the noise r₁, r₂, … times, √Σr.) A site with regions beside it adds
+all of it itself. Threat model: at each level that of its protection, and a region's operator is to its sites what any
 coordinator is. Dropout: of a site, by the region's rule; a region that has too few sites left drops out above.
 Cost: at each level that of its protection; one level waits for the one below it.
 """
@@ -35,6 +38,7 @@ from atoll.contract.schedule import EFFORT, Schedule
 from atoll.contract.settings import read_yaml, validate
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity
+from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.sketch import CELLS, Sketch
 from atoll.runtime.below import Below, Standing
@@ -190,7 +194,8 @@ class Region(Site):
 
     def _work(self, job: Job, asked: Request, progress: Progress) -> Done:
         """Have the region's own sites answer."""
-        task, meta, schema = asked.task, job.message.meta, job.opened.plan.table
+        task, meta, plan = asked.task, job.message.meta, job.opened.plan
+        schema = Prepared(plan.recipe).seen(plan.table, meta["view"])
         if asked.handler.reduce != "sum":
             raise PolicyError(
                 "policy.withheld", "a region answers only with sums of its own sites", field=asked.name,
@@ -202,16 +207,20 @@ class Region(Site):
         sites = self._below.coordinator.store.run(task.run)["sites"]
         below = Round(
             asked.name, Sum(), asked.fields, same, dict.fromkeys(sites, other) if other else {},
-            program=job.program.name, params=meta["params"], view=meta["view"],
+            program=job.program.name, params=meta["params"], view=meta["view"], schema=schema,
         )  # fmt: skip
         question = question_digest(meta, same)
         total = self._wait(task.run, self._below.asked(task.run, below, task.round, question), progress)
-        shown = job.protection.reveals
+        shown = job.protection.reveals and job.opened.noise is None
         reply = told_of(total, asked.handler.cells, self._policy.min_group_size if shown else 1)
         job.party.query = job.opened.remembered(job.message, _who(total), job.protection, question)
         cost = job.opened.cost(task, job.program, asked.name, schema, asked.fields, job.sent, job.question)
+        room = asked.room
+        if cost.noised is not None:  # the sum holds all of the noise, by its sites
+            room, none = cost.noised.fields, dict.fromkeys(cost.noised.scales, 0.0)
+            cost = replace(cost, noised=replace(cost.noised, scales=none))
         handler = replace(asked.handler, cells=())  # they are judged
-        known = replace(asked, handler=handler, fields=asked.room or asked.fields, members=total.members)
+        known = replace(asked, handler=handler, fields=room or asked.fields, members=total.members)
         return Done(known, reply, cost)
 
     def _wait(self, run: str, work: Coroutine[Any, Any, Any], progress: Progress) -> Any:

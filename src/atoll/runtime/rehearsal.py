@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.errors import AtollError, ProtocolError
+from atoll.contract.fields import Field, as_arrays
 from atoll.contract.plan import Plan
 from atoll.contract.program import Program, build, handler_of
 from atoll.contract.protection import REPLY, find, parted
-from atoll.contract.rounds import Field, Task, TaskId, as_arrays
+from atoll.contract.rounds import Task, TaskId
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity
@@ -122,7 +123,7 @@ def rehearse(
             own = Identity.generate(site)
             store.invite(site, f"{number:064x}", 2**31 - 1)
             store.enrol(site, f"{number:064x}", own.public.hex(), "")
-            journals[site] = Journal(Path(scratch) / f"{site}.db", site, own.public, own.sign, durable=False)
+            journals[site] = Journal(Path(scratch) / f"{site}.db", site, own.public, own.sign, temporary=True)
             open_.callback(journals[site].close)
             party = Site(own, journals[site], Policy.sandbox(), lambda _, rows=rows: rows, identity.public)  # type: ignore[misc]
             endpoints[site] = _tapped(site, party.handle, name, replies)
@@ -165,7 +166,7 @@ def _unpacked(plan: Plan, seen: Seen) -> Seen:
 def _number(array: Array, field: Field) -> Array:
     if not narrow(field) or array.dtype != np.uint8:
         return array
-    return decode(array, field).reshape([n or 0 for n in field.shape])
+    return np.concatenate([piece for _, piece in decode(array, field)]).reshape([n or 0 for n in field.shape])
 
 
 def _tapped(site: str, endpoint: Endpoint, name: str, replies: dict[str, tuple[Message, Message]]) -> Endpoint:

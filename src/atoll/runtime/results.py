@@ -25,7 +25,7 @@ from atoll.models import stored
 from atoll.models.importance import told as told_trees
 from atoll.models.model import Predictor
 from atoll.models.trees import Trees
-from atoll.privacy.dp.accounting import delta_warning
+from atoll.privacy.dp.noise import delta_warning
 from atoll.privacy.dp.release import Noise
 from atoll.runtime.model_card import card
 from atoll.runtime.value import value_of

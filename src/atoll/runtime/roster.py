@@ -17,10 +17,22 @@ def roster_hash(roster: Mapping[str, str]) -> str:
     return hashlib.sha256(b"atoll roster 1\0" + canonical_json(dict(roster))).hexdigest()
 
 
-def read_roster(announced: Json) -> dict[str, str]:
-    """The announced public keys (hex) by site; raises ProtocolError for anything else."""
+def agreement(plan: str, roster: str) -> str:
+    """What the parties of a run agree on for all of it: SHA-256 over the hashes of its *plan* and *roster*. Keys and
+    signatures among them are for this and nothing else, so no site's reply goes into a sum with another plan's."""
+    return hashlib.sha256(b"atoll agreement 1\0" + canonical_json([plan, roster])).hexdigest()
+
+
+def read_roster(announced: Json, sites: Sequence[str]) -> dict[str, str]:
+    """The announced public keys (hex) by site; raises ProtocolError for anything else, and where they are not those of
+    the plan's *sites*, if it names any."""
     if not isinstance(announced, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(k)) for k in announced.values()):
         raise ProtocolError("roster.malformed", "the announced roster is not one of sites and keys", field="roster")
+    if sites and announced.keys() != set(sites):
+        raise ProtocolError(
+            "roster.other-sites", "the announced roster is not that of the sites that the plan names", field="roster",
+            remedy="the coordinator does not keep the plan: do not go on with it",
+        )  # fmt: skip
     return {check_name(str(site)): str(key) for site, key in announced.items()}
 
 

@@ -128,7 +128,7 @@ def _run_local(
         own = Identity.generate(name)
         store.invite(name, f"{len(journals):064x}", 2**31 - 1)
         store.enrol(name, f"{len(journals):064x}", own.public.hex(), "")
-        journals[name] = Journal(scratch / f"{name}.db", name, own.public, own.sign, durable=False)
+        journals[name] = Journal(scratch / f"{name}.db", name, own.public, own.sign, temporary=True)
         site = Site(own, journals[name], Policy.sandbox(), partial(_same, table), identity.public)
         endpoints[name] = site.handle
     run = store.create_run(plan, tuple(tables))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import datetime as dt
 import gc
 import json
 import logging
@@ -24,7 +25,9 @@ from atoll.runtime.home import CoordinatorHome, SiteHome
 from atoll.runtime.region import Region, RegionHome
 from atoll.runtime.site import Site
 from atoll.transport.base import Endpoint
-from atoll.transport.grpc import GrpcSite, GrpcTransport, on_channel
+from atoll.transport.grpc import GrpcTransport
+from atoll.transport.grpc_channel import on_channel
+from atoll.transport.grpc_site import GrpcSite
 
 log = logging.getLogger("atoll.serve")
 CHECK_S, AGAIN_S = 10.0, 1.0
@@ -139,7 +142,7 @@ async def serve_region(
         server.coordinator, asyncio.get_running_loop(),
     )  # fmt: skip
     below = asyncio.create_task(server.serve())
-    above = asyncio.create_task(_stay_connected(home.site, region.handle, on_state, region.back))
+    above = asyncio.create_task(_stay_connected(home.site, region.handle, on_state, AGAIN_S, again=region.back))
     try:
         region.tidy()
         await asyncio.wait([below, above], return_when=asyncio.FIRST_COMPLETED)
@@ -161,20 +164,20 @@ def _load(home: SiteHome) -> None:
 
 
 async def _stay_connected(
-    home: SiteHome, endpoint: Endpoint, on_state: Callable[[str], None], again: Callable[[], bool] | None = None
+    home: SiteHome, endpoint: Endpoint, on_state: Callable[[str], None], check_s: float = CHECK_S, **more: Any
 ) -> None:
-    """Answer the coordinator with *endpoint* until cancelled. again: is it time to connect anew?"""
-    check_s = CHECK_S if again is None else AGAIN_S
+    """Answer the coordinator with *endpoint* until cancelled. more: see :class:`GrpcSite`."""
     link = GrpcSite(
         home.config.address, home.ca_pem, home.pair, endpoint,
-        max_message_bytes=home.policy.max_message_bytes, on_state=on_state, check_s=check_s,
+        max_message_bytes=home.policy.max_message_bytes, on_state=on_state, check_s=check_s, **more,
     )  # fmt: skip
 
     async def renew(channel: Any) -> bool:
         async def call(request: Mapping[str, Json]) -> dict[str, Any]:
             return await on_channel(channel, "Renew", request)
 
-        return (again is not None and again()) or await home.renew(call)
+        at = dt.datetime.fromtimestamp(link.coordinator_time(), dt.UTC)
+        return await home.renew(call, at=at)
 
     await link.run(renew)
 

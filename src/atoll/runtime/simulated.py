@@ -12,7 +12,7 @@ import heapq
 import math
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -47,53 +47,11 @@ from atoll.runtime.scheduler import Scheduler
 from atoll.runtime.simulation import Answers
 from atoll.runtime.sizes import Sizes
 from atoll.runtime.study import UNDEFINED, study
+from atoll.runtime.timeline import Done, Simulated
 from atoll.runtime.virtual_time import Clock, Immediate, Sent
 from atoll.runtime.work import Work
-from atoll.transport.base import Traffic
 
 Event = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """One round as it went. began_s, seconds: on the run's clock. asked, answered: how many sites; late: left out as
-    they had not answered in time; lost: dropped out. last: who was waited for; typical_s: the median site's time."""
-
-    number: int
-    stage: str
-    name: str
-    began_s: float
-    seconds: float
-    asked: int
-    answered: int
-    late: int = 0
-    lost: int = 0
-    last: str = ""
-    typical_s: float = 0.0
-
-
-@dataclass
-class Simulated:
-    """What became of a run. outcome: the study's (None: it came to no end); traffic: of each site, [num_sites] bytes to
-    it and from it; waited_s: how long the others waited for each site, [num_sites]; dropouts: site and why."""
-
-    run: str
-    num_sites: int
-    outcome: dict[str, Any] | None = None
-    rounds: list[Done] = field(default_factory=list)
-    num_rounds: int = 0
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    dropouts: list[tuple[float, str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.to_bytes, self.from_bytes = np.zeros(self.num_sites), np.zeros(self.num_sites)
-        self.waited_s, self.computed_s = np.zeros(self.num_sites), np.zeros(self.num_sites)
-
-    @property
-    def traffic(self) -> Traffic:
-        """Of all sites."""
-        return Traffic(round(float(self.to_bytes.sum())), round(float(self.from_bytes.sum())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +80,7 @@ class Simulation:
         self._tell = on_event or (lambda _: None)
         self._absent: set[str] = set()
         self._flying: list[tuple[float, int, _Flight]] = []
-        self._order, self._arrivals, self._look_s = 0, False, math.inf
+        self._order, self._look_s = 0, math.inf
         self.noise: Noise | None = None
         self.done = Simulated(secrets.token_hex(16), len(sites))
 
@@ -165,7 +123,7 @@ class Simulation:
         """Every site is announced the study, and begins when it is there."""
         load = self._sizes.opening
         sent = self.clock.ask(self.sites, load, np.zeros(len(self.sites)))
-        self._count(np.arange(len(self.sites)), load.down_bytes, load.up_bytes, ~sent.lost)
+        self.done.count(np.arange(len(self.sites)), load.down_bytes, load.up_bytes, ~sent.lost)
         for place in np.flatnonzero(sent.lost):
             self._dropped(self.sites[place], _silent(self.plan), float(sent.at[place]))
         self.clock.to(float(sent.at.max(initial=0.0)))
@@ -197,7 +155,7 @@ class Simulation:
         where = np.array([self._place[site] for site in sites], np.int64)
         load = self._sizes.load(asked, number)
         sent = self.clock.ask(sites, load, self.work.seconds(asked, where, efforts))
-        self._count(where, load.down_bytes, load.up_bytes, ~sent.lost)
+        self.done.count(where, load.down_bytes, load.up_bytes, ~sent.lost)
         self.done.computed_s[where] += sent.compute_s
         arrays = {name: np.asarray(value) for name, value in asked.send.items()}
         running = [site for site, gone in zip(sites, sent.lost.tolist(), strict=True) if not gone]
@@ -273,7 +231,7 @@ class Simulation:
             elif flight.answer is None:  # it is back, and asked again
                 self._again(flight)
             else:
-                self._arrived(Done(number, asked.stage, f"{asked.program}/{asked.name}", began,
+                self.done.arrived(Done(number, asked.stage, f"{asked.program}/{asked.name}", began,
                                    self.clock.now - began, 1, 1, last=flight.site))  # fmt: skip
                 return Arrival(flight.site, flight.number, flight.answer), self.clock.now
         if self._flying:
@@ -299,7 +257,7 @@ class Simulation:
         where, efforts = np.array([self._place[site]]), np.ones(1)
         load = self._sizes.load(asked, flight.number)
         sent = self.clock.ask((site,), load, self.work.seconds(asked, where, efforts))
-        self._count(where, load.down_bytes, load.up_bytes, ~sent.lost)
+        self.done.count(where, load.down_bytes, load.up_bytes, ~sent.lost)
         arrays = {name: np.asarray(value) for name, value in asked.send.items()}
         self._dispatch(asked, flight.number, (site,), () if sent.lost[0] else (site,), sent, arrays)
 
@@ -326,29 +284,8 @@ class Simulation:
             if len(sites) > 1 and timely.all():
                 self.done.waited_s[self._place[last]] += among[order[-1]] - among[order[-2]]
         lost = int((sent.lost & timely).sum()) + len(self.answers.lost)
-        self._log(Done(number, asked.stage, f"{asked.program}/{asked.name}", began, seconds, len(sites),
+        self.done.log(Done(number, asked.stage, f"{asked.program}/{asked.name}", began, seconds, len(sites),
                        len(answered), int((~timely).sum()), lost, last, typical))  # fmt: skip
-
-    def _arrived(self, done: Done) -> None:
-        """Arrivals one after the other are told of together."""
-        before = self.done.rounds[-1] if self.done.rounds else None
-        if before is not None and before.name == done.name and self._arrivals:
-            seconds = done.began_s + done.seconds - before.began_s
-            many = before.answered + 1
-            self.done.rounds[-1] = replace(before, seconds=seconds, asked=many, answered=many, last=done.last)
-            self.done.num_rounds += 1
-        else:
-            self._log(done)
-        self._arrivals = True
-
-    def _log(self, done: Done) -> None:
-        self.done.rounds.append(done)
-        self.done.num_rounds += 1
-        self._arrivals = False
-
-    def _count(self, where: NDArray[np.int64], down: int, up: int, answered: NDArray[np.bool_]) -> None:
-        self.done.to_bytes[where] += down
-        self.done.from_bytes[where[answered]] += up
 
     # ---------------------------------------------------------------- the cohort
 

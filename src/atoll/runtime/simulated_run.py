@@ -17,9 +17,10 @@ from atoll.runtime.fleet import Fleet
 from atoll.runtime.forecast import Speed, measured
 from atoll.runtime.results import details, to_plain, write_json, write_model
 from atoll.runtime.serve import settle
-from atoll.runtime.simulated import Event, Simulated, Simulation
+from atoll.runtime.simulated import Event, Simulation
 from atoll.runtime.simulation import Answers, Engine
 from atoll.runtime.study import check_plan, settled
+from atoll.runtime.timeline import Simulated
 from atoll.runtime.virtual_time import Immediate, Virtual
 from atoll.runtime.work import Work
 from atoll.runtime.workers import Data, Dealt, Workers, opened

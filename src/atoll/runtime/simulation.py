@@ -16,11 +16,12 @@ import numpy as np
 
 from atoll.contract.disclosure import Rule, check_groups, judged
 from atoll.contract.errors import AtollError, ProtocolError
+from atoll.contract.fields import Field, as_arrays, clip
 from atoll.contract.mail import SEAL_BYTES, SIGNED_KEY_BYTES
 from atoll.contract.plan import Plan
 from atoll.contract.program import Handler, Program, build, handler_of
 from atoll.contract.protection import REPLY, find
-from atoll.contract.rounds import Field, Gather, Reply, Round, Sum, Task, TaskId, as_arrays, clip
+from atoll.contract.rounds import Gather, Reply, Round, Sum, Task, TaskId
 from atoll.contract.wire import Array, canonical_json
 from atoll.data.site_data import SiteData
 from atoll.data.table import Table
@@ -141,6 +142,11 @@ class Engine:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def keeping(self, sites: Sequence[str]) -> list[str]:
+        """Those of *sites* that remember something of their rounds."""
+        known = {site for site, _ in self._state}
+        return [site for site in sites if site in known]
 
     def _own(self, site: str) -> dict[str, Array]:
         return dict(self._state.get((site, ""), {}))

@@ -17,10 +17,11 @@ from functools import partial
 import numpy as np
 
 from atoll.contract.errors import AtollError, IntegrityError, PlanError, ProtocolError
+from atoll.contract.fields import Field, for_members
 from atoll.contract.plan import Plan
 from atoll.contract.program import build, handler_of
 from atoll.contract.protection import REPLY, find, parted
-from atoll.contract.rounds import Field, Task, TaskId, alike, for_members
+from atoll.contract.rounds import Task, TaskId, alike
 from atoll.contract.schedule import EFFORT
 from atoll.contract.wire import Array, Json, Message
 from atoll.crypto.identity import Identity, verify
@@ -33,13 +34,13 @@ from atoll.runtime.approval import Progress, await_approval
 from atoll.runtime.egress import EgressGate, Request, too_large
 from atoll.runtime.job import Done, Job
 from atoll.runtime.journal import ENDS, PERSONAL, Journal, Receipt, not_running
-from atoll.runtime.memory import period_of, question_digest
+from atoll.runtime.memory import Question, period_of, question_digest
 from atoll.runtime.opened import Opened
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
-from atoll.runtime.roster import read_roster, roster_hash
+from atoll.runtime.roster import agreement, read_roster, roster_hash
 from atoll.runtime.turns import Turns
-from atoll.statistics.quality import completeness
+from atoll.statistics.own_quality import completeness
 
 log = logging.getLogger("atoll.site")
 
@@ -99,7 +100,7 @@ class Site:
 
     def _open(self, message: Message, progress: Progress) -> Message:
         run, plan = str(message.meta["run"]), Plan.from_json(message.meta["plan"])
-        roster = read_roster(message.meta["roster"])
+        roster = read_roster(message.meta["roster"], plan.cohort.sites)
         announced: dict[str, Json] = {
             "plan": plan.to_json(),
             "hash": plan.hash,
@@ -134,7 +135,8 @@ class Site:
         shared = () if plan.privacy is not None else self._policy.share
         told = {what: self._journal.setting(f"{what} {run}") for what in ("rows", "quality") if what in shared}
         public = Session(self._journal.session(run)).public
-        signed = public + self._identity.sign(claim(run, announced["roster_hash"], self.name, public))
+        agreed = agreement(plan.hash, roster_hash(roster))
+        signed = public + self._identity.sign(claim(run, agreed, self.name, public))
         rows, quality = told.get("rows"), told.get("quality")
         answer = {"re": message.meta["id"], "rows": int(rows) if rows else None, "session": signed.hex()}
         answer |= {"quality": float(quality)} if quality else {}
@@ -164,7 +166,8 @@ class Site:
         if task.site != self.name:
             raise ProtocolError("task.misdirected", "the task is for another site", field="site")
         with self._lock(task.run):
-            status, release, state = self._journal.begin(str(task), task.run, str(meta["program"]), task.round)
+            mine = str(meta["program"]) if task.step == REPLY else ""  # no other step is about a program's state
+            status, release, state = self._journal.begin(str(task), task.run, mine, task.round)
             must_be_running(status)
             receipts = self._verified(meta["receipts"])
             if release is None:
@@ -195,14 +198,15 @@ class Site:
         opened.check_planned(task.round, meta, fields)
         protection = find(opened.plan.protection.sum if handler.reduce == "sum" else "plain")
         sent, exchanged = parted(message.arrays)
-        party, digest = opened.party(task, exchanged, protection, meta, program), question_digest(meta, message.arrays)
+        asking = Question(meta, message.arrays)
+        party, digest = opened.party(task, exchanged, protection, meta, program), asking.digest(message.arrays)
         room = for_members(fields, opened.plan.cohort.members) if handler.reduce == "sum" else fields
         asked = Request(task, program.name, name, handler, fields, opened.hash, opened.roster_hash, digest, room)
         if task.step != REPLY:
             return self._gate.relay(asked, protection, party, receipts)
         told = opened.plan.schedule.allowed(sent)
-        same = {name: value for name, value in alike(sent).items() if name != EFFORT}  # that is another for each site
-        question = digest if protection.reveals else question_digest(meta, same)
+        same = alike(sent)
+        question = asking.digest(name for name in same if name != EFFORT)  # that is another for each site
         if not protection.reveals and question != party.terms.question:
             raise ProtocolError(
                 "task.question", "what is asked is not what the round's steps are about", field="question",
@@ -210,8 +214,8 @@ class Site:
             )  # fmt: skip
         if meta["view"]:
             self._journal.pin_view(task.run, meta["view"])
-        with opened.paying(task.run):
-            charged = question_digest(meta, alike(sent))  # the effort, too: the round is not asked again with another
+        charged = asking.digest(same)  # the effort, too: the round is not asked again with another
+        with opened.paying(task, charged):
             job = Job(opened, program, message, sent, told, charged, protection, party, state)
             done = self._work(job, asked, progress)
             return self._gate.release(done.asked, done.reply, protection, party, done.cost, done.state, receipts)

@@ -11,9 +11,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,62 +22,28 @@ from atoll.contract.errors import IntegrityError, PlanError
 from atoll.contract.plan import Plan
 from atoll.contract.wire import Array, Json, Message, decode, encode, to_json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer, entry_line
+from atoll.runtime.database import (
+    ATTEMPTS,
+    BLOBS,
+    LEDGER,
+    METRICS,
+    PACES,
+    ROUNDS,
+    RUNS,
+    SITES,
+    TRAFFIC,
+    UNTOLD,
+    Database,
+)
 
 PART_BYTES = 16 << 20
-_meta = sa.MetaData()
-RUNS = sa.Table(
-    "runs", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("created", sa.String(40), nullable=False),
-    sa.Column("status", sa.String(40), nullable=False), sa.Column("name", sa.String(64), nullable=False),
-    sa.Column("plan", sa.Text, nullable=False), sa.Column("plan_hash", sa.String(64), nullable=False),
-    sa.Column("sites", sa.Text, nullable=False), sa.Column("cancel", sa.Boolean, nullable=False),
-    sa.Column("note", sa.Text, nullable=False), sa.Column("result", sa.Text),
-)  # fmt: skip
-ROUNDS = sa.Table(
-    "rounds", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("stage", sa.String(40), nullable=False), sa.Column("name", sa.String(200), nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False), sa.Column("receipts", sa.Text, nullable=False),
-)  # fmt: skip
-BLOBS = sa.Table(
-    "blobs", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("name", sa.String(40), primary_key=True),
-    sa.Column("part", sa.Integer, primary_key=True), sa.Column("data", sa.LargeBinary, nullable=False),
-)  # fmt: skip
-METRICS = sa.Table(
-    "metrics", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("step", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(100), primary_key=True), sa.Column("value", sa.Float),  # NULL: NaN
-)  # fmt: skip
-UNTOLD = sa.Table(
-    "untold", _meta,
-    sa.Column("site", sa.String(64), primary_key=True), sa.Column("run", sa.String(32), primary_key=True),
-    sa.Column("status", sa.String(40), nullable=False), sa.Column("error", sa.Text, nullable=False),
-)  # fmt: skip
-ATTEMPTS = sa.Table(
-    "attempts", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("attempt", sa.Integer, nullable=False),
-)  # fmt: skip
-PACES = sa.Table(
-    "paces", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("site", sa.String(64), primary_key=True),
-    sa.Column("effort", sa.Float, nullable=False), sa.Column("seconds", sa.Float),  # NULL: did not answer in time
-)  # fmt: skip
-TRAFFIC = sa.Table(
-    "traffic", _meta,
-    sa.Column("run", sa.String(32), primary_key=True), sa.Column("number", sa.Integer, primary_key=True),
-    sa.Column("bytes", sa.BigInteger, nullable=False),
-)  # fmt: skip
-LEDGER = sa.Table("ledger", _meta, sa.Column("seq", sa.Integer, primary_key=True), sa.Column("line", sa.Text))
-SITES = sa.Table(
-    "sites", _meta,
-    sa.Column("site", sa.String(64), primary_key=True), sa.Column("public_key", sa.String(64), nullable=False),
-    sa.Column("token_hash", sa.String(64), nullable=False), sa.Column("token_expires", sa.BigInteger, nullable=False),
-    sa.Column("certificates", sa.String(130), nullable=False),
-    sa.Column("revoked", sa.Boolean, nullable=False), sa.Column("seen", sa.String(40), nullable=False),
-)  # fmt: skip
+"""Of a stored message, in one row."""
+# what every round needs is made once: SQLAlchemy takes longer to make a statement than SQLite to execute it
+_OF_RUN, _NUMBERED = ATTEMPTS.c.run == sa.bindparam("of"), ATTEMPTS.c.number == sa.bindparam("at")
+_ATTEMPT = sa.select(ATTEMPTS.c.attempt).where(_OF_RUN, _NUMBERED)
+_THE_BLOB = (BLOBS.c.run == sa.bindparam("of")) & (BLOBS.c.name == sa.bindparam("called"))
+_BLOB, _NO_BLOB = sa.select(BLOBS.c.data).where(_THE_BLOB).order_by(BLOBS.c.part), BLOBS.delete().where(_THE_BLOB)
+_INSERT = {table.name: table.insert() for table in (ATTEMPTS, BLOBS, ROUNDS, LEDGER, TRAFFIC, PACES, METRICS)}
 
 
 def _now(timespec: str = "seconds") -> str:
@@ -91,29 +55,8 @@ def _text(note: str) -> str:
     return note.replace("\0", "")
 
 
-class RunStore:
+class RunStore(Database):
     """All methods are short transactions; safe for threads."""
-
-    def __init__(self, url: str, *, durable: bool = True) -> None:
-        """url: an SQLAlchemy URL (``sqlite:///…`` or ``postgresql+psycopg://…``). durable=False skips
-        SQLite's fsync (for sandboxes whose store dies with the process)."""
-        try:
-            self._engine = sa.create_engine(url)
-        except ModuleNotFoundError as error:
-            raise PlanError(
-                "store.driver", f"the store needs {error.name}", field="store", remedy="pip install 'atoll[postgres]'"
-            ) from None
-        if self._engine.dialect.name == "sqlite":
-            sa.event.listen(self._engine, "connect", partial(_sqlite_settings, durable))
-            if (file := self._engine.url.database) and file != ":memory:":
-                Path(file).touch(0o600)  # before SQLite makes it and its write-ahead log
-                Path(file).chmod(0o600)
-        _meta.create_all(self._engine)
-
-    @contextmanager
-    def _begin(self) -> Iterator[Connection]:
-        with self._engine.begin() as connection:
-            yield connection
 
     # -- runs
 
@@ -196,12 +139,12 @@ class RunStore:
 
     def begin_attempt(self, run: str, number: int) -> int:
         """How often round *number* was begun before: 0 at first, one more after every restart within it."""
-        here = (ATTEMPTS.c.run == run, ATTEMPTS.c.number == number)
         with self._begin() as db:
-            before = db.execute(sa.select(ATTEMPTS.c.attempt).where(*here)).scalar()
+            before = db.execute(_ATTEMPT, {"of": run, "at": number}).scalar()
             if before is None:
-                db.execute(ATTEMPTS.insert().values(run=run, number=number, attempt=0))
+                db.execute(_INSERT["attempts"], {"run": run, "number": number, "attempt": 0})
                 return 0
+            here = (ATTEMPTS.c.run == run, ATTEMPTS.c.number == number)
             db.execute(ATTEMPTS.update().where(*here).values(attempt=before + 1))
             return int(before) + 1
 
@@ -217,14 +160,17 @@ class RunStore:
         """
         with self._begin() as db:
             self._write_blob(db, run, f"round {number}", reduced)
-            row = {"run": run, "number": number, "stage": stage, "name": name, "seconds": seconds}
-            db.execute(ROUNDS.insert().values(receipts=json.dumps(receipts), **row))
-            for entry in entries:
-                db.execute(LEDGER.insert().values(seq=entry["seq"], line=entry_line(entry).decode()))
+            at = {"run": run, "number": number}
+            told = {"stage": stage, "name": name, "seconds": seconds, "receipts": to_json(receipts).decode()}
+            db.execute(_INSERT["rounds"], {**at, **told})
+            if entries:
+                lines = [{"seq": entry["seq"], "line": entry_line(entry).decode()} for entry in entries]
+                db.execute(_INSERT["ledger"], lines)
             if traffic_bytes:
-                db.execute(TRAFFIC.insert().values(run=run, number=number, bytes=traffic_bytes))
-            for site, (effort, took) in (paces or {}).items():
-                db.execute(PACES.insert().values(run=run, number=number, site=site, effort=effort, seconds=took))
+                db.execute(_INSERT["traffic"], {**at, "bytes": traffic_bytes})
+            if paces:
+                rows = [{**at, "site": s, "effort": effort, "seconds": took} for s, (effort, took) in paces.items()]
+                db.execute(_INSERT["paces"], rows)
 
     def paces(self, run: str) -> list[tuple[dict[str, float], dict[str, float]]]:
         """What the schedule knows of finished rounds, in order: (effort by site asked, seconds by who answered)."""
@@ -245,6 +191,12 @@ class RunStore:
             seconds = db.execute(sa.select(sa.func.sum(ROUNDS.c.seconds)).where(*here)).scalar()
             last = sa.select(sa.func.max(TRAFFIC.c.bytes)).where(TRAFFIC.c.run == run, TRAFFIC.c.number < before)
             return float(seconds or 0), int(db.execute(last).scalar() or 0)
+
+    def next_round(self, run: str) -> int:
+        """One more than the number of the last finished round; 0 where there is none."""
+        with self._begin() as db:
+            last = db.execute(sa.select(sa.func.max(ROUNDS.c.number)).where(ROUNDS.c.run == run)).scalar()
+            return 0 if last is None else int(last) + 1
 
     def reduced(self, run: str, number: int) -> Message | None:
         """The stored reduction of a round, or None."""
@@ -294,17 +246,19 @@ class RunStore:
             return self._read_blob(db, run, "flights") or Message("flights", {"rounds": []})
 
     def _write_blob(self, db: Connection, run: str, name: str, message: Message) -> None:
-        db.execute(BLOBS.delete().where(BLOBS.c.run == run, BLOBS.c.name == name))
+        db.execute(_NO_BLOB, {"of": run, "called": name})
+        buffers = encode(message)
+        if sum(map(len, buffers)) <= PART_BYTES:
+            buffers = [b"".join(buffers)]
         part = 0
-        for buffer in encode(message):
+        for buffer in buffers:
             for start in range(0, len(buffer), PART_BYTES):
                 data = bytes(buffer[start : start + PART_BYTES])
-                db.execute(BLOBS.insert().values(run=run, name=name, part=part, data=data))
+                db.execute(_INSERT["blobs"], {"run": run, "name": name, "part": part, "data": data})
                 part += 1
 
     def _read_blob(self, db: Connection, run: str, name: str) -> Message | None:
-        query = sa.select(BLOBS.c.data).where(BLOBS.c.run == run, BLOBS.c.name == name).order_by(BLOBS.c.part)
-        parts = [data for (data,) in db.execute(query)]
+        parts = [data for (data,) in db.execute(_BLOB, {"of": run, "called": name})]
         return decode(b"".join(parts)) if parts else None
 
     def add_metrics(self, run: str, step: int, values: Mapping[str, float]) -> None:
@@ -313,7 +267,7 @@ class RunStore:
             db.execute(METRICS.delete().where(METRICS.c.run == run, METRICS.c.step == step))
             rows = [{"run": run, "step": step, "name": n, "value": float(v)} for n, v in values.items()]
             if rows:
-                db.execute(METRICS.insert(), rows)
+                db.execute(_INSERT["metrics"], rows)
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
         """All stored metrics, by step."""
@@ -418,10 +372,6 @@ class RunStore:
         with self._begin() as db, path.open("w", encoding="utf-8") as file:
             file.writelines(line + "\n" for (line,) in db.execute(sa.select(LEDGER.c.line).order_by(LEDGER.c.seq)))
 
-    def close(self) -> None:
-        """Give back all connections."""
-        self._engine.dispose()
-
 
 class Ledger:
     """The coordinator's ledger in the run store."""
@@ -439,9 +389,3 @@ class Ledger:
         entry = self.chain.next(kind, body)
         self.append(entry)
         return entry
-
-
-def _sqlite_settings(durable: bool, connection: Any, _: Any) -> None:
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA busy_timeout=30000")

@@ -84,21 +84,13 @@ def _beyond_regions(plan: Plan, program: Program) -> list[PlanError]:
     """What of a plan regions cannot answer: where several sites may stand behind a name, or a region asks its own."""
     if plan.cohort.members == 1 and not plan.cohort.above:
         return []
-    found = [
+    return [
         PlanError(
             "region.reduction", f"{program.name} needs {MEANING[tag]}, and regions answer only with sums", field=tag,
             remedy="choose a program that needs only sums, or ask the sites themselves",
         )
         for tag in sorted(program.capabilities.needs - SUMMABLE)
     ]  # fmt: skip
-    if plan.privacy is not None:
-        found.append(
-            PlanError(
-                "region.privacy", "no noise is chosen for sums that are made in regions first", field="privacy",
-                remedy="ask the sites themselves, in one cohort",
-            )
-        )  # fmt: skip
-    return found
 
 
 def _check_columns(program: Program, schema: Any) -> None:
@@ -148,13 +140,15 @@ def _check_partial(plan: Plan, program: Program) -> None:
     if plan.protection.key_holder and some:
         raise PlanError("plan.key-holder-away", "sums are of some of the cohort, and the key holder may not be of them",
                         field="protection.key_holder", remedy="leave it out: each sum finds one")  # fmt: skip
-    uneven = "ready" in program.capabilities.needs or plan.schedule.effort_min < 1
+    uneven = (
+        "ready" in program.capabilities.needs or plan.schedule.effort_min < 1 or getattr(program, "self_chosen", False)
+    )
     if plan.protection.adversary == "active" and plan.privacy is None and (some or uneven):
         raise PlanError(
             "plan.active-choice", "a coordinator that does not keep the protocol could choose cohorts, efforts or ages "
             "such that sums tell of single sites", field="protection.adversary",
-            remedy="ask the whole cohort in every round (no draws, groups, buffers, priorities or efforts), or add "
-            "privacy",
+            remedy="ask the whole cohort in every round (no draws, groups, clusters, buffers, priorities or efforts), "
+            "or add privacy",
         )  # fmt: skip
 
 

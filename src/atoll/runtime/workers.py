@@ -1,5 +1,7 @@
 """Simulated sites in several processes of this machine, each of which holds some of them with their rows and state.
 
+Sites whose rows are in memory anyway are held by every process, and each round is dealt out evenly; a site that has
+kept something of a round stays where that is.
 What goes between the processes is what goes between parties: messages of :mod:`atoll.contract.wire`, over pipes. Only
 the tables themselves are handed over at the start as Python objects, from this process to those that it has started.
 """
@@ -84,10 +86,13 @@ class Workers:
         self._children: list[tuple[BaseProcess, Connection]] = []
         self._home: dict[str, int] = {}
         context, names = multiprocessing.get_context("spawn"), list(data)
+        everywhere = all(isinstance(source, Table | Dealt) for source in data.values())
         try:
             for place in range(min(number, len(names))):
                 own = {site: data[site] for site in names[place :: min(number, len(names))]}
-                self._home |= dict.fromkeys(own, place)
+                if not everywhere:
+                    self._home |= dict.fromkeys(own, place)
+                own = dict(data) if everywhere else own
                 ours, theirs = context.Pipe()
                 args = (theirs, plan.to_json(), own, names, base, batch)
                 process = context.Process(target=_work, args=args, name=f"sites-{place}", daemon=True)
@@ -103,14 +108,12 @@ class Workers:
 
     def rows(self) -> dict[str, int]:
         """See :class:`atoll.runtime.simulation.Answers`."""
-        return {site: self._rows[site] for site in self._home}
+        return dict(self._rows)
 
     def answers(self, asked: Round, number: int, sites: Sequence[str], sent: Mapping[str, Array]) -> dict[str, Answer]:
         """See :class:`atoll.runtime.simulation.Answers`."""
         self.lost, self.broken = {}, {}
-        shares: dict[int, list[str]] = {}
-        for site in sites:
-            shares.setdefault(self._home[site], []).append(site)
+        shares = dealt_out(sites, self._rows, self._home, len(self._children))
         lenient = asked.reduce == Gather(lenient=True)
         about = {**described(asked), "number": number, "optional": asked.optional, "paced": asked.paced}
         for place, own in shares.items():
@@ -127,6 +130,7 @@ class Workers:
                 failures.append(error)
                 continue
             found |= _unpacked(reply, asked.reply)
+            self._home |= dict.fromkeys(reply.meta["kept"], place)
             self.lost |= {site: _error(told) for site, told in reply.meta["lost"].items()}
             self.broken |= {site: _error(told) for site, told in reply.meta["broken"].items()}
         if failures:
@@ -165,6 +169,20 @@ class Workers:
         return reply
 
 
+def dealt_out(
+    sites: Sequence[str], rows: Mapping[str, int], home: Mapping[str, int], number: int
+) -> dict[int, list[str]]:
+    """Which of *number* processes answers for which *sites*: those with a *home* there, the others so that all have
+    about as many rows."""
+    shares: dict[int, list[str]] = {}
+    loads = [0] * number
+    for site in sorted(sites, key=lambda site: (site not in home, -rows[site])):
+        place = home.get(site, loads.index(min(loads)))
+        shares.setdefault(place, []).append(site)
+        loads[place] += rows[site] + 1
+    return shares
+
+
 def _work(pipe: Connection, plan_json: Json, data: Data, cohort: Sequence[str], base: Path, batch: bool) -> None:
     """A worker process: answers rounds until its pipe is closed."""
     load_installed()
@@ -184,7 +202,7 @@ def _work(pipe: Connection, plan_json: Json, data: Data, cohort: Sequence[str], 
                 continue
             lost = {site: _told(error) for site, error in engine.lost.items()}
             broken = {site: _told(error) for site, error in engine.broken.items()}
-            meta = {"sites": list(replies), "lost": lost, "broken": broken}
+            meta = {"sites": list(replies), "lost": lost, "broken": broken, "kept": engine.keeping(sites)}
             pipe.send_bytes(encode_bytes(Message("answers", meta, _packed(replies, asked.reply))))
     except AtollError as error:
         pipe.send_bytes(encode_bytes(Message("failure", _told(error))))

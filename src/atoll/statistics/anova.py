@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.stats import f as fisher
+import scipy
 
 from atoll.contract.program import Cohort, ProgramParams, program
 from atoll.contract.rounds import Steps
@@ -94,7 +94,7 @@ def _tested(n: Array, mean: Array, variance: Array) -> dict[str, Any]:
     ratio = between / (k - 1) / residual if residual > 0 else None
     return _nothing() | {
         "f": ratio,
-        "p_value": None if ratio is None else float(fisher.sf(ratio, k - 1, rows - k)),
+        "p_value": None if ratio is None else float(scipy.stats.f.sf(ratio, k - 1, rows - k)),
         "df_between": k - 1,
         "df_within": int(rows) - k,
         "ss_between": between,

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.stats import chi2_contingency
 
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError
@@ -91,8 +91,8 @@ class Crosstab:
         table = counts[counts.any(axis=1)][:, counts.any(axis=0)]
         if not table.size:
             return None, "not tested: no row has both values"
-        found = chi2_contingency(table, correction=self.params.yates)
-        plain = chi2_contingency(table, correction=False).statistic
+        found = scipy.stats.chi2_contingency(table, correction=self.params.yates)
+        plain = scipy.stats.chi2_contingency(table, correction=False).statistic
         expected, least = np.asarray(found.expected_freq, np.float64), min(table.shape) - 1
         few = int((expected < 5).sum())
         test = {

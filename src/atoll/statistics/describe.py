@@ -30,16 +30,15 @@ from pydantic import Field
 from atoll.contract.disclosure import TOP, Cells, largest, suppress
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, taken, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
-from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, sent_array, smallest
+from atoll.statistics.moments import LOST, SLICE, add_largest
+from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, smallest
 
 VALUES = Cells("count", "withheld", ("s1", "s2"), largest="largest")
 BINS = Cells("histogram", "hidden", lines=(1,))
-LOST = 1e-6
-"""A variance below this share of the mean square is computed anew about the mean."""
 
 
 def _grid(schema: TableSchema, names: tuple[str, ...]) -> tuple[Array, Array]:
@@ -145,7 +144,7 @@ class Describe:
     def _per_record_about(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         names = self._names(schema)
         low, high = _grid(schema, names)
-        center = sent_array(sent, "center", (len(names),))
+        center = taken(sent, "center", (len(names),))
         s1, s2 = powers(reach(low, high, center, (high - low) / 2))
         return {"rows": touches(), "count": touches(len(names)), "s1": s1, "s2": s2, "withheld": NOTHING}
 
@@ -156,7 +155,7 @@ class Describe:
         low, high = _grid(site.table.schema, names)
         histogram = np.zeros((len(names), bins), np.int64)
         for i, name in enumerate(names):
-            for values in pieces(site.table[name]):
+            for values in _pieces(site.table[name]):
                 place = np.floor((values - low[i]) / (high[i] - low[i]) * bins).astype(np.int64)
                 histogram[i] += np.bincount(np.clip(place, 0, bins - 1), minlength=bins)
         return {**self._sums(site, (low + high) / 2), "histogram": histogram}
@@ -174,22 +173,20 @@ class Describe:
         counts, s1, s2 = np.zeros(len(names), np.int64), np.zeros(len(names)), np.zeros(len(names))
         most = np.zeros((len(names), TOP + 1))
         for i, name in enumerate(names):
-            for values in pieces(table[name]):
+            for values in _pieces(table[name]):
                 shifted = (values - center[i]) / ((high[i] - low[i]) / 2)
                 counts[i] += len(shifted)
                 s1[i] += shifted.sum()
                 s2[i] += (shifted**2).sum()
-                found = largest(values)[0]
-                most[i, :TOP] = np.sort(np.append(most[i, :TOP], found[:TOP]))[: -TOP - 1 : -1]
-                most[i, TOP] += found[TOP]
+                add_largest(most[i : i + 1], largest(values))
             site.progress(i + 1, len(names))
         return {"rows": len(table), "count": counts, "s1": s1, "s2": s2, "largest": most}
 
 
-def pieces(column: NDArray[Any], size: int = 1 << 20) -> Iterator[NDArray[np.float64]]:
-    """The values of a numeric column that are there, in pieces, so that a large one needs little memory."""
-    for start in range(0, len(column), size):
-        piece = column[start : start + size]
+def _pieces(column: NDArray[Any]) -> Iterator[NDArray[np.float64]]:
+    """The values of a numeric column that are there, in pieces."""
+    for start in range(0, len(column), SLICE):
+        piece = column[start : start + SLICE]
         yield piece[~np.isnan(piece)]
 
 

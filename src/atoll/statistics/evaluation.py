@@ -9,9 +9,8 @@ in round "personal" (or "errors"): a few sums, since a histogram of its scores w
 survivors' metrics. Cost: 2 rounds, 16 KiB a site.
 
 Log loss, accuracy, F1 and squared errors are exact sums; masked ones to 2⁻⁵⁴ of the declared bound for each site (with
-max_rows of 10⁷: log loss to 3·10⁻⁸; squared errors, in units of half the target's range, to 5·10⁻⁷). AUC and
-KS come from a histogram of scores with *bins* bins: AUC counts pairs within a bin as ties (half), so it is off by at
-most ``auc_error`` = Σ_b P_b·N_b / (2·P·N); KS is a lower bound.
+max_rows of 10⁷: log loss to 3·10⁻⁸; squared errors, in units of half the target's range, to 5·10⁻⁷). AUC and KS come
+from a histogram of scores with *bins* bins (``score_histogram.py`` says how far they are off).
 
 Under differential privacy (``Cohort.exact`` is False) a probability's scores are asked as one histogram by label, round
 "cells", of which a record changes one cell; every metric is made of it as if scores stood in the middle of
@@ -31,26 +30,17 @@ from pydantic import Field
 from atoll.contract.disclosure import check_groups
 from atoll.contract.errors import PolicyError, ProtocolError, SchemaError
 from atoll.contract.program import Cohort, Program, ProgramParams, SiteView, build, handler, program
-from atoll.contract.rounds import Gather, Metrics, Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.rounds import Gather, Metrics, Reply, Round, Steps, Sum, Task, count, real, taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
-from atoll.models.linear import feature_bounds
 from atoll.models.model import Predictor, make, restored
-from atoll.statistics.noise import fine, only_summed, sent_array
-from atoll.statistics.scores import (
-    LOSS_CAP,
-    binary_metrics,
-    class_losses,
-    class_metrics,
-    confused,
-    error_metrics,
-    log_loss,
-)
+from atoll.statistics.error_sums import FAR, allowed, error_sums, metrics_by_target, most_of
+from atoll.statistics.noise import fine, only_summed
+from atoll.statistics.score_histogram import from_cells, histogram, score_metrics, score_sums
+from atoll.statistics.scores import LOSS_CAP, binary_metrics, class_losses, class_metrics, confused, log_loss
 
 Floats = NDArray[np.float64]
-FAR = 30.0
-"""Predicted values farther than this many half ranges from the target's middle count as that far; under noise, one."""
 NOISY_BINS = 64
 """Bins of the histogram under noise: fewer, so that less noise adds up."""
 OWN = (
@@ -103,7 +93,7 @@ class Evaluation:
         else:
             cells = count((2, NOISY_BINS), bound=cohort.schema.max_rows)
             total = yield Round("cells", Sum(), {"cells": cells}, send)
-            pooled, curves = self._binary(from_cells(total["cells"]))
+            pooled, curves = score_metrics(from_cells(total["cells"]))
         return {"pooled": pooled, "own": (yield from self._each(cohort, model, send, pooled)), "curves": curves}
 
     def _each(self, cohort: Cohort, model: Predictor, send: dict[str, Array], pooled: Mapping[str, float]) -> Steps:
@@ -147,7 +137,7 @@ class Evaluation:
             "correct": count(3, bound=rows),
         }
         total = yield Round("scores", Sum(), fields, send)
-        return self._binary(total)
+        return score_metrics(total)
 
     def _classes(self, cohort: Cohort, model: Predictor, send: dict[str, Array]) -> Steps:
         rows = cohort.schema.max_rows
@@ -158,48 +148,14 @@ class Evaluation:
 
     def _errors(self, cohort: Cohort, model: Predictor, send: dict[str, Array]) -> Steps:
         rows, far, size = cohort.schema.max_rows, FAR if cohort.exact else 1.0, len(model.targets)
-        bounds = _most(far)
+        bounds = most_of(far)
         bits = 20 if cohort.exact else 0  # the tightest bound of a few numbers is far above what they come to
         fields = {name: real(size, bound=rows * most, step=fine(rows * most, bits)) for name, most in bounds.items()}
         total = yield Round("errors", Sum(), {"rows": count(bound=rows), **fields}, {**send, "far": np.array(far)})
         sums = {name: np.asarray(total[name], np.float64) for name in bounds}
         if not cohort.exact:  # what noise made of sums of squares
             sums = {name: value if name == "y" else np.maximum(value, 0.0) for name, value in sums.items()}
-        return _by_target(cohort.schema, model, max(int(total["rows"]), 0), sums)
-
-    def _binary(self, total: Mapping[str, Array]) -> tuple[dict[str, float], dict[str, Any]]:
-        positives, negatives = (np.asarray(total[k], np.float64) for k in ("positives", "negatives"))
-        p, n = float(positives.sum()), float(negatives.sum())
-        rows = p + n
-        hits, called, correct = (float(v) for v in total["correct"])
-        metrics = dict.fromkeys(("auc", "ks", "auc_error"), math.nan)
-        if p and n:
-            below = np.cumsum(negatives) - negatives
-            metrics["auc"] = float((positives * (below + negatives / 2)).sum() / (p * n))
-            metrics["auc_error"] = float((positives * negatives).sum() / (2 * p * n))
-            metrics["ks"] = float(np.abs(np.cumsum(positives) / p - np.cumsum(negatives) / n).max())
-        metrics |= {
-            "accuracy": correct / rows if rows else math.nan,
-            "f1": 2 * hits / (called + p) if called + p else math.nan,
-            "log_loss": float(total["log_loss"]) / rows if rows else math.nan,
-            "brier": float(total["brier"]) / rows if rows else math.nan,
-        }
-        groups = np.array_split(np.arange(len(positives)), 10)
-        size = [(positives + negatives)[g].sum() for g in groups]
-        calibration = [
-            {
-                "rows": float(s),
-                "predicted": float(np.asarray(total["score"])[g].sum() / s),
-                "observed": float(positives[g].sum() / s),
-            }
-            for g, s in zip(groups, size, strict=True)
-            if s
-        ]
-        roc = {
-            "false_positive_rate": np.append(0, np.cumsum(negatives[::-1]) / max(n, 1)).tolist(),
-            "true_positive_rate": np.append(0, np.cumsum(positives[::-1]) / max(p, 1)).tolist(),
-        }
-        return metrics, {"calibration": calibration, "roc": roc}
+        return metrics_by_target(cohort.schema, model.targets, max(int(total["rows"]), 0), sums)
 
     def _scored(self, site: SiteView, task: Task, *, personal: bool = False) -> tuple[Floats, Floats]:
         """(labels, predictions) of held-out rows. personal: may they be of the site's own model?"""
@@ -234,9 +190,9 @@ class Evaluation:
         return {"cells": touches()}
 
     def _per_error(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
-        far = _far(float(sent_array(sent, "far", ())))
+        far = allowed(float(taken(sent, "far", ())))
         size = len(self._model(schema).targets)
-        return {"rows": touches(), **{name: touches(size, most) for name, most in _most(far).items()}}
+        return {"rows": touches(), **{name: touches(size, most) for name, most in most_of(far).items()}}
 
     def _per_class(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         return {"confusion": touches(), "log_loss": touches(1, LOSS_CAP)}
@@ -244,24 +200,14 @@ class Evaluation:
     @handler("scores", groups=("rows",), record=_per_score)
     def scores(self, site: SiteView, task: Task) -> Reply:
         """At the site: histograms of scores by label, and loss sums, over held-out rows."""
-        y, p = self._scored(site, task)
-        called = p >= 0.5
-        return {
-            "rows": len(y),
-            "positives": _histogram(p[y == 1], self.params.bins),
-            "negatives": _histogram(p[y == 0], self.params.bins),
-            "log_loss": log_loss(y, p).sum(),
-            "brier": ((p - y) ** 2).sum(),
-            "score": np.bincount(_places(p, self.params.bins), weights=p, minlength=self.params.bins),
-            "correct": np.array([(called & (y == 1)).sum(), called.sum(), (called == (y == 1)).sum()]),
-        }
+        return score_sums(*self._scored(site, task), self.params.bins)
 
     @handler("cells", record=_per_cell)
     def cells(self, site: SiteView, task: Task) -> Reply:
         """At the site: one histogram of scores by label, over held-out rows."""
         only_summed(site)
         y, p = self._scored(site, task)
-        return {"cells": np.stack([_histogram(p[y == label], NOISY_BINS) for label in (0, 1)])}
+        return {"cells": np.stack([histogram(p[y == label], NOISY_BINS) for label in (0, 1)])}
 
     @handler("classes", record=_per_class)
     def classes(self, site: SiteView, task: Task) -> Reply:
@@ -289,8 +235,8 @@ class Evaluation:
     def errors(self, site: SiteView, task: Task) -> Reply:
         """At the site: sums of errors and of the target, and of their squares, over held-out rows."""
         y, p = self._scored(site, task, personal=True)
-        far, model = _far(float(task.take("far", ()))), self._model(site.holdout.schema)
-        return {"rows": len(y), **_error_sums(site.holdout.schema, model.targets, y, p, far)}
+        far, schema = allowed(float(task.take("far", ()))), site.holdout.schema
+        return {"rows": len(y), **error_sums(schema, self._model(schema).targets, y, p, far)}
 
     @handler("own", reduce="gather")
     def own(self, site: SiteView, task: Task) -> Reply:
@@ -298,14 +244,14 @@ class Evaluation:
         if not site.shares("metrics"):
             raise PolicyError("policy.withheld", "the site does not share its own metrics", field="share")
         y, p = self._scored(site, task, personal=True)
-        model = self._model(site.holdout.schema)
+        schema = site.holdout.schema
+        model = self._model(schema)
         if model.task == "binary":
             found = binary_metrics(y, p)
         elif model.task == "classes":
             found = class_metrics(confused(y, p), float(class_losses(y, p).sum()))
         else:
-            schema = site.holdout.schema
-            found = _by_target(schema, model, len(y), _error_sums(schema, model.targets, y, p, FAR))
+            found = metrics_by_target(schema, model.targets, len(y), error_sums(schema, model.targets, y, p, FAR))
         if "personal" in task.arrays:  # with all their digits they would tell of a model that nobody else has
             found = {name: float(f"{value:.3g}") for name, value in found.items()}
         if site.shares("rows"):
@@ -331,73 +277,6 @@ def scored(learner: Any, cohort: Cohort, weights: Array, number: int) -> Steps:
             values |= {f"{prefix}{name}, {site}": value for name, value in own.items() if name != "rows"}
     yield Metrics(number, {name: value for name, value in values.items() if not math.isnan(value)})
     return found.get("pooled", {})
-
-
-def from_cells(cells: Array) -> dict[str, Array]:
-    """What "scores" answers, of a noisy histogram [2, bins] by label, as if scores were the middles of the bins."""
-    negatives, positives = np.maximum(np.asarray(cells, np.float64), 0)
-    score = (np.arange(len(positives)) + 0.5) / len(positives)
-    called, both = score >= 0.5, positives + negatives
-    right = np.where(called, positives, negatives)
-    return {
-        "positives": positives,
-        "negatives": negatives,
-        "log_loss": -(positives @ np.log(score) + negatives @ np.log1p(-score)),
-        "brier": positives @ (1 - score) ** 2 + negatives @ score**2,
-        "score": both * score,
-        "correct": np.array([positives[called].sum(), both[called].sum(), right.sum()]),
-    }
-
-
-def _places(p: Floats, bins: int) -> NDArray[np.int64]:
-    return np.minimum((p * bins).astype(np.int64), bins - 1)
-
-
-def _histogram(p: Floats, bins: int) -> NDArray[np.int64]:
-    return np.bincount(_places(p, bins), minlength=bins)
-
-
-def _middle(schema: TableSchema, target: str) -> tuple[float, float]:
-    """(middle, half range) of the target; errors are summed in units of the latter."""
-    low, high = feature_bounds(schema, target)
-    return (low + high) / 2, (high - low) / 2
-
-
-def _far(far: float) -> float:
-    """One of the two that a plan leads to; another would leave errors without a bound."""
-    if far not in (1.0, FAR):
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="far")
-    return far
-
-
-def _most(far: float) -> dict[str, float]:
-    """Of one row: how much each error sum can be when predictions are within *far* and targets within one."""
-    return {"absolute": 1 + far, "squared": (1 + far) ** 2, "y": 1.0, "y_squares": 1.0}
-
-
-def _error_sums(
-    schema: TableSchema, targets: tuple[str, ...], y: Floats, p: Floats, far: float
-) -> dict[str, NDArray[np.float64]]:
-    """Of each target, [targets], in units of half its range about its middle; predictions within *far*."""
-    middle, half = np.array([_middle(schema, name) for name in targets]).T
-    y, p = (values.reshape(len(values), len(targets)) for values in (y, p))
-    y, p = (y - middle) / half, np.clip((p - middle) / half, -far, far)
-    error = p - y
-    return {
-        "absolute": np.abs(error).sum(0), "squared": (error**2).sum(0), "y": y.sum(0), "y_squares": (y**2).sum(0),
-    }  # fmt: skip
-
-
-def _by_target(schema: TableSchema, model: Predictor, rows: int, sums: Mapping[str, Array]) -> dict[str, float]:
-    """Metrics of each target; of several, their means first, then "mae speed_15" and so on."""
-    each = [
-        error_metrics(rows, **{n: float(v[i]) for n, v in sums.items()}, unit=_middle(schema, name)[1])
-        for i, name in enumerate(model.targets)
-    ]
-    if len(each) == 1:
-        return each[0]
-    named = {f"{n} {name}": v for name, found in zip(model.targets, each, strict=True) for n, v in found.items()}
-    return {**{n: float(np.mean([found[n] for found in each])) for n in each[0]}, **named}
 
 
 def own_metrics(model: Predictor) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ group of their own (key None), as they are part of those totals. Threat model: a
 Dropout: the statistics of the survivors; a site absent from the first round is not asked in the second.
 Cost: 8 bytes a group, and 25 bytes a group and column, a round and site.
 
-Moments are taken as in ``statistics.describe``: about the middle of the schema's range in units of half of
-it, and about each group's own mean where that loses digits (Chan, Golub & LeVeque 1983, §1).
+Moments are taken about the middle of the schema's range (``moments.py``), and about each group's own mean where that
+loses digits.
 """
 
 from __future__ import annotations
@@ -28,17 +28,14 @@ from pydantic import Field
 from atoll.contract.disclosure import TOP, Cells, largest
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program, relay
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, taken, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
-from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, sent_array, smallest
+from atoll.statistics.moments import LOST, SLICE, add_largest, ranges
+from atoll.statistics.noise import NOTHING, coarse, fine, powers, reach, smallest
 
 Floats = NDArray[np.float64]
-LOST = 1e-6
-"""A variance below this share of the mean square is computed anew about the mean."""
-SLICE = 1 << 20
-"""Rows looked at together."""
 GROUPS = Cells("rows", "rows_withheld", values=("count", "s1", "s2"), lines=(0, 1))
 VALUES = Cells("count", "withheld", values=("s1", "s2"), lines=(0, 1), largest="top")
 """A group that is withheld takes its columns with it; then each column is judged by its own counts."""
@@ -123,7 +120,7 @@ class GroupBy:
         """The rounds, and what they found."""
         schema, names = cohort.schema, self._columns(cohort.schema)
         shape, p, rows = self._shape(schema), len(names), schema.max_rows
-        middle, half = _scale(schema, names)
+        middle, half = ranges(schema, names)
         center, sites = np.broadcast_to(middle, (*shape, p)), None
         for factor in (1, 2):  # values are within half of the middle, and within two halves of any mean
             steps = [fine(factor**i * rows, 20 * factor) if cohort.exact else coarse(1.0) for i in (1, 2)]
@@ -170,8 +167,8 @@ class GroupBy:
     def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         """A record is in one group; *center* may differ between groups."""
         names, shape = self._columns(schema), self._shape(schema)
-        middle, half = _scale(schema, names)
-        center = sent_array(sent, "center", (*shape, len(names))).reshape(-1, len(names))
+        middle, half = ranges(schema, names)
+        center = taken(sent, "center", (*shape, len(names))).reshape(-1, len(names))
         s1, s2 = powers(reach(middle - half, middle + half, center, half))
         told = {"all_rows": touches(), "rows": touches(), "count": touches(len(names)), "s1": s1, "s2": s2}
         return {**told, "rows_withheld": NOTHING, "withheld": NOTHING}
@@ -183,7 +180,7 @@ class GroupBy:
         names, shape = self._columns(table.schema), self._shape(table.schema)
         size, p = shape[0] * shape[1], len(names)
         center = task.take("center", (*shape, p)).reshape(size, p)
-        _, half = _scale(table.schema, names)
+        _, half = ranges(table.schema, names)
         codes = [table.codes(name) for name in self.params.by]
         rows, counts = np.zeros(size, np.int64), np.zeros((size, p), np.int64)
         s1, s2, top = np.zeros((size, p)), np.zeros((size, p)), np.zeros((size, p, TOP + 1))
@@ -217,19 +214,6 @@ class GroupBy:
         }
 
 
-def _scale(schema: TableSchema, names: tuple[str, ...]) -> tuple[Floats, Floats]:
-    """(middle, half) of each column's range, each [num_columns]."""
-    low, high = np.array([schema.columns[name].bounds() for name in names], float).reshape(-1, 2).T
-    return (low + high) / 2, np.where(high > low, (high - low) / 2, 1.0)
-
-
-def add_largest(known: Floats, more: Floats) -> None:
-    """Into *known*, what :func:`largest` found among other rows: both are [size, TOP + 1]."""
-    both = np.concatenate([known[:, :TOP], more[:, :TOP]], axis=1)
-    known[:, TOP] += more[:, TOP]
-    known[:, :TOP] = np.sort(both, axis=1)[:, : -TOP - 1 : -1]
-
-
 def _reported(found: GroupMoments, group: int, column: int, smallest: int) -> dict[str, Any]:
     """Count and sum are left out where they would tell that too few of the group's rows have no value."""
     n = int(found.count[group, column])
@@ -258,4 +242,4 @@ def group_moments(cohort: Cohort, by: tuple[str, ...], columns: tuple[str, ...])
     return found
 
 
-__all__ = ["SLICE", "GroupBy", "GroupMoments", "add_largest", "group_moments"]
+__all__ = ["GroupBy", "GroupMoments", "group_moments"]

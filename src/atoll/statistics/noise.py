@@ -15,15 +15,13 @@ Sources: Barlow et al. 1972 (isotonic regression); Rousseeuw & Molenberghs 1993,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 from atoll.contract.errors import DisclosureError
 from atoll.contract.program import Cohort, SiteView
-from atoll.contract.rounds import Task, TaskId
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
 
@@ -49,11 +47,6 @@ def coarse(most: float) -> float:
 def smallest(cohort: Cohort) -> int:
     """The fewest people in a cell that is reported: any number of them under noise."""
     return cohort.min_group_size if cohort.exact else 1
-
-
-def sent_array(sent: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Floats:
-    """As :meth:`Task.take`: what a handler would take of the arrays *sent*. Raises ProtocolError."""
-    return Task(TaskId("", 0, 0, "", ""), sent, ()).take(name, shape)
 
 
 def only_summed(site: SiteView) -> None:
@@ -92,7 +85,7 @@ def cumulated(cells: Array) -> NDArray[np.int64]:
 def rising(counts: Array) -> NDArray[np.int64]:
     """The nearest (least squares) counts to *counts* [..., size] that do not fall along the last axis, nor below 0."""
     flat = np.asarray(counts, np.float64).reshape(-1, counts.shape[-1] or 1)
-    fitted = [isotonic_regression(row).x for row in flat]
+    fitted = [scipy.optimize.isotonic_regression(row).x for row in flat]
     whole: NDArray[np.int64] = np.rint(np.maximum(np.array(fitted).reshape(counts.shape), 0)).astype(np.int64)
     return whole
 

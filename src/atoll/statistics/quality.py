@@ -7,8 +7,7 @@ newest month go out; round "own" (asked only where a site's policy may share it)
 Validity, types, ranges and code lists, is the contract's: no row breaks it. What is scored, each in [0, 1]:
 
 - completeness: share of cells that are not missing, mean over columns.
-- uniqueness: share of rows that repeat no earlier row in every column. Rows are compared by 64-bit hashes (at ten
-  million rows a chance of 3e-6 that two unlike rows count as alike).
+- uniqueness: share of rows that repeat no earlier row in every column (``duplicates.py``).
 - plausibility: share of numbers within *outlier* robust standard deviations (IQR / 1.349) of the cohort's
   median, mean over columns; columns with an IQR of 0 are left out (Rousseeuw & Croux 1993 on robust scales).
 - balance: entropy of the label's classes over its largest possible value.
@@ -35,7 +34,7 @@ rounds (6 KiB a number and round), 53 KiB if there is a time column, and about 6
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -44,17 +43,18 @@ from pydantic import Field
 
 from atoll.contract.disclosure import Cells, Rule, judged
 from atoll.contract.errors import PlanError, PolicyError, ProtocolError
-from atoll.contract.program import Cohort, ProgramParams, SiteView, TableView, handler, program
-from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.rounds import Gather, Reply, Round, Steps, Sum, Task, count, real, taken, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
-from atoll.statistics.noise import NOTHING, sent_array, smallest
+from atoll.statistics.duplicates import duplicates
+from atoll.statistics.noise import NOTHING, smallest
+from atoll.statistics.own_quality import FLOOR, NORMAL_IQR, OUTLIER, missing_cells
 from atoll.statistics.quantiles import Quantiles
 
 Floats = NDArray[np.float64]
 COMPONENTS = ("completeness", "uniqueness", "plausibility", "balance", "timeliness")
-FLOOR = 0.01
 POWERS = (-3, -2, -1, 1, 2, 3)
 FIRST_MONTH = np.datetime64("1900-01", "M")
 MONTHS = 12 * 250
@@ -93,7 +93,7 @@ class Quality:
         columns: tuple[str, ...] = ()
         label: str = ""
         time: str = ""
-        outlier: float = Field(default=4.0, gt=0)
+        outlier: float = Field(default=OUTLIER, gt=0)
         recent_days: int = Field(default=30, ge=1)
         weights: dict[str, Weight] = Field(default_factory=dict)
         own: bool = True
@@ -211,8 +211,8 @@ class Quality:
     def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         """Of each column a record is one cell, and in one part; a median may lower one flag and raise one."""
         names, numbers, label, time = self._columns(schema)
-        sent_array(sent, "quartiles", (len(numbers), 3))
-        sent_array(sent, "newest", (1,))
+        taken(sent, "quartiles", (len(numbers), 3))
+        taken(sent, "newest", (1,))
         cells, classes = touches(len(_watched(names, time))), touches(1 if label else 0)
         told = {"cells": cells, "parts": cells, "labelled": classes, "labels": classes, "repeats": touches()}
         marks = {f"{name}_withheld": NOTHING for name in told}
@@ -255,12 +255,12 @@ class Quality:
         table, (quartiles, newest) = site.table, self._judged_by(site, task)
         names, numbers, label, time = self._columns(table.schema)
         flags, watched = np.zeros((len(numbers), len(POWERS)), np.int64), _watched(names, time)
-        missing = np.array([_missing(table, name) for name in watched], np.int64)
+        missing = np.array([missing_cells(table, name) for name in watched], np.int64)
         parts = np.zeros((len(watched), 2, 2), np.int64)
         for i, (name, (lower, median, upper)) in enumerate(zip(numbers, quartiles, strict=True)):
             values = table[name]
             values = values[~np.isnan(values)]
-            reach = self.params.outlier * (upper - lower) / 1.349
+            reach = self.params.outlier * (upper - lower) / NORMAL_IQR
             far = int((values < median - reach).sum() + (values > median + reach).sum()) if reach > 0 else 0
             parts[watched.index(name), 1] = len(values) - far, far
             if len(values) >= max(site.min_group_size, 1):
@@ -301,33 +301,6 @@ class Quality:
                 "balance": np.array([entropy if len(labels) > 1 else np.nan]),
                 "timeliness": np.array([within[watched.index(time)] if time else np.nan]),
             }
-
-
-def own_quality(table: TableView, outlier: float = 4.0) -> float:
-    """What a site can say of its rows by itself, in [FLOOR, 1]: the geometric mean of completeness, uniqueness and
-    plausibility, the last by its own quartiles. No rows: FLOOR."""
-    if not len(table):
-        return FLOOR
-    names = [name for name, column in table.schema.columns.items() if column.role != "ignore"]
-    plain = {name for name in table.schema.numeric_columns() if table.schema.columns[name].values is None}
-    shares = {"plausibility": [], "completeness": [1 - _missing(table, name) / len(table) for name in names]}
-    for name in sorted(plain & set(names)):
-        values = table[name][~np.isnan(table[name])]
-        lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)) if len(values) else np.zeros(3)
-        if upper > lower:
-            shares["plausibility"].append(float((np.abs(values - median) <= outlier * (upper - lower) / 1.349).mean()))
-    shares["uniqueness"] = [1 - duplicates(table) / len(table)]
-    means = [max(float(np.mean(found)), FLOOR) for found in shares.values() if found]
-    return math.exp(math.fsum(map(math.log, means)) / len(means))
-
-
-def completeness(table: TableView, withheld: Collection[str] = ()) -> float:
-    """Share of the cells in feature columns (but those *withheld*) that are not missing, in [FLOOR, 1], to two digits:
-    so little that it tells of no single row. No cells: 1."""
-    columns = table.schema.columns.items()
-    names = [name for name, column in columns if column.role == "feature" and name not in withheld]
-    missing = sum(_missing(table, name) for name in names)
-    return max(round(1 - missing / max(len(names) * len(table), 1), 2), FLOOR)
 
 
 def _watched(names: list[str], time: str) -> list[str]:
@@ -377,57 +350,4 @@ def _months(dates: NDArray[Any]) -> NDArray[np.int64]:
     return months
 
 
-def _missing(table: TableView, name: str) -> int:
-    """Missing cells of one column."""
-    column = table.schema.columns[name]
-    if column.dtype == "image":
-        return 0
-    if column.dtype == "text" and column.values is not None:
-        return int((table.codes(name) < 0).sum())
-    cells = table[name]
-    if column.numeric:
-        return int(np.isnan(cells).sum())
-    return sum(cell is None for cell in cells) if column.dtype == "text" else int(np.isnat(cells).sum())
-
-
-def duplicates(table: TableView) -> int:
-    """Rows that repeat an earlier row in every column (missing cells are alike), by 64-bit hashes."""
-    hashes = np.zeros(len(table), np.uint64)
-    for name, column in table.schema.columns.items():
-        if column.role != "ignore":
-            for start, bits in _bits(table, name):
-                part = hashes[start : start + len(bits)]
-                part *= np.uint64(0x9E3779B97F4A7C15)
-                part ^= bits
-                for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's mixer
-                    part ^= part >> np.uint64(shift)
-                    part *= np.uint64(factor)
-                part ^= part >> np.uint64(31)
-                part += np.uint64(0x9E3779B97F4A7C15)
-    hashes.sort()
-    return int((hashes[1:] == hashes[:-1]).sum())
-
-
-def _bits(table: TableView, name: str, size: int = 1 << 20) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """(first row, cells as 64 bits, alike where cells are) of one column, batch by batch."""
-    column = table.schema.columns[name]
-    seen: dict[Any, int] = {}
-    cells = table.codes(name) if column.dtype == "text" and column.values is not None else table[name]
-    if column.dtype == "image":
-        width = math.prod(column.shape or (1,))
-        size = max(size // width, 1)
-        mixers = np.random.Generator(np.random.Philox(key=1)).integers(1, 2**64, width, np.uint64, endpoint=False)
-    for start in range(0, len(cells), size):
-        batch = cells[start : start + size]
-        if column.dtype == "image":
-            bits = batch.reshape(len(batch), -1).astype(np.uint64) @ mixers
-        elif batch.dtype == object:
-            bits = np.fromiter((seen.setdefault(cell, len(seen)) for cell in batch), np.uint64, len(batch))
-        elif batch.dtype.kind == "f":
-            bits = np.where(np.isnan(batch), np.nan, batch + 0.0).view(np.uint64)  # one NaN, and no −0
-        else:
-            bits = batch.astype(np.int64).view(np.uint64)
-        yield start, bits
-
-
-__all__ = ["COMPONENTS", "FLOOR", "Quality", "completeness", "duplicates", "own_quality"]
+__all__ = ["COMPONENTS", "Quality"]

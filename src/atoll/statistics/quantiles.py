@@ -46,11 +46,11 @@ from pydantic import Field
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withheld
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, taken, withheld
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
-from atoll.statistics.noise import NOTHING, rising, sent_array, smallest
+from atoll.statistics.noise import NOTHING, rising, smallest
 
 Floats = NDArray[np.float64]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -274,7 +274,7 @@ class Quantiles:
         columns, brackets = len(self._grids(schema)), 1
         if "brackets" in sent:
             brackets = len(self.params.probabilities)
-            sent_array(sent, "brackets", (columns, brackets, 2))
+            taken(sent, "brackets", (columns, brackets, 2))
         reached = touches(columns * brackets * (self.params.bins + 1))
         return {"count": touches(columns), "low": reached, "high": reached, "withheld": NOTHING}
 

@@ -7,8 +7,8 @@ import math
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Floats = NDArray[np.float64]
 LOSS_CAP = 50.0
@@ -23,7 +23,7 @@ def binary_metrics(y: Floats, p: Floats) -> dict[str, float]:
         return dict.fromkeys(("auc", "ks", "accuracy", "f1", "log_loss", "brier"), math.nan)
     auc = ks = math.nan
     if positives and negatives:
-        auc = float((rankdata(p)[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+        auc = float((scipy.stats.rankdata(p)[y == 1].sum() - positives * (positives + 1) / 2) / (positives * negatives))
         order = np.argsort(p, kind="stable")
         gaps = np.abs(np.cumsum(y[order]) / positives - np.cumsum(1 - y[order]) / negatives)
         last_of_ties = np.append(np.diff(p[order]) > 0, True)

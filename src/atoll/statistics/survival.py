@@ -33,9 +33,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import stats
 
 from atoll.contract.disclosure import Cells
 from atoll.contract.errors import PlanError
@@ -240,7 +240,7 @@ class Intervals:
             lowest = np.where(np.isnan(lowest), survival, lowest)
             spread = np.cumsum(np.where(n > 0, d / (n * (n - d)), 0.0))
             variance = np.where(survival > 0, survival**2 * spread, np.nan)
-            reach = stats.norm.ppf((1 + confidence) / 2) * np.sqrt(spread) / np.abs(np.log(survival))
+            reach = scipy.stats.norm.ppf((1 + confidence) / 2) * np.sqrt(spread) / np.abs(np.log(survival))
             limits = [np.where(variance > 0, survival ** np.exp(sign * reach), np.nan) for sign in (1, -1)]
         reached = np.flatnonzero(survival <= 0.5 + 1e-12)
         half = int(reached[0]) if len(reached) else None
@@ -288,7 +288,7 @@ def _logrank(ends: Floats, groups: list[tuple[str, Ints, Ints, set[int]]]) -> di
         return {**found, "chi_square": None, "p_value": None, "note": "undefined: too few events on the shared times"}
     square = float(excess @ np.linalg.solve(covariance, excess))
     note = MERGED if len(shared) < len(ends) - 1 else ""
-    return {**found, "chi_square": square, "p_value": float(stats.chi2.sf(square, len(groups) - 1)), "note": note}
+    return {**found, "chi_square": square, "p_value": float(scipy.stats.chi2.sf(square, len(groups) - 1)), "note": note}
 
 
 __all__ = ["LEFT_OUT", "PEOPLE", "Intervals", "Survival"]

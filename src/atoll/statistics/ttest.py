@@ -18,18 +18,19 @@ from collections.abc import Generator, Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
+import scipy
 from pydantic import Field, model_validator
-from scipy.stats import t as student
 
 from atoll.contract.disclosure import TOP, Cells, largest
 from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, withheld
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real, taken, withheld
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
-from atoll.statistics.group_by import SLICE, add_largest, group_moments
-from atoll.statistics.noise import NOISED, NOTHING, coarse, fine, powers, reach, sent_array, smallest
+from atoll.statistics.group_by import group_moments
+from atoll.statistics.moments import SLICE, add_largest
+from atoll.statistics.noise import NOISED, NOTHING, coarse, fine, powers, reach, smallest
 
 LOST = 1e-6
 """A variance below this share of the mean square is computed anew about the mean."""
@@ -134,7 +135,7 @@ class TTest:
             error, df = deviation / math.sqrt(n), float(n - 1)
         if not error:
             return {"difference": difference, "note": "values do not vary: t is undefined"}
-        t, side = difference / error, self.params.alternative
+        t, side, student = difference / error, self.params.alternative, scipy.stats.t
         tail = {"two-sided": 2 * student.sf(abs(t), df), "less": student.cdf(t, df), "greater": student.sf(t, df)}
         outer = (1 - self.params.confidence) / (2 if side == "two-sided" else 1)
         reach = float(student.isf(outer, df)) * error
@@ -190,7 +191,7 @@ class TTest:
 
     def _per_record(self, schema: TableSchema, sent: Mapping[str, Array]) -> dict[str, Norms]:
         middle, half = self._scale(schema)
-        center, ends = sent_array(sent, "center", (1,)), np.array([middle - half, middle + half])
+        center, ends = taken(sent, "center", (1,)), np.array([middle - half, middle + half])
         s1, s2 = powers(reach(ends[:1], ends[1:], center, np.array([half])))
         single = touches(1 if self.params.paired else 0)
         told = {"rows": touches(), "count": touches(), "s1": s1, "s2": s2, "withheld": NOTHING}

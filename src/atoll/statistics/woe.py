@@ -4,21 +4,18 @@ Parties: sites and coordinator. Messages: for binning by quantiles (`quantile`, 
 rounds of ``statistics.quantiles``; then one Sum, "labels", of how many rows of each label lie at or below
 every edge. All merging of bins is done by the coordinator on these sums, so every count is exact.
 
-WOE = ln((n / N) / (p / P)) and IV = Σ (n / N − p / P) · WOE over a feature's bins, missing cells being one
-of them, with n negatives (label 0) and p positives (label 1) in the bin, N and P in all (Siddiqi 2006,
-Credit Risk Scorecards, ch. 6). Where n or p is 0, *smoothing* is added to both, in WOE and IV. Rows without
-a label are left out. Bins are right-closed, as pandas.cut's. Edges by quantiles lie within 2 · *resolution*
+WOE and IV, and how bins are merged, are those of ``binning.py``; missing cells are one of a feature's bins. Rows
+without a label are left out. Bins are right-closed, as pandas.cut's. Edges by quantiles lie within 2 · *resolution*
 of the schema's range (or at a neighbouring value, of an integer column) from the quantile of all rows, farther where
 a site's groups beside it are small; what is told *at* the edges is exact.
 
 - `equal`: *bins* bins of equal width over the schema's range. `quantile`: *bins* bins of equal share.
-- `monotone`: *prebins* bins of equal share; neighbours whose WOE goes the wrong way are pooled (pool
-  adjacent violators: Ayer et al. 1955), then as `optimal`, for the direction with the larger IV.
+- `monotone`: *prebins* bins of equal share; neighbours whose WOE goes the wrong way are pooled, then as `optimal`,
+  for the direction with the larger IV.
 - `optimal`: of all ways to merge neighbouring pre-bins into at most *bins* bins of at least *min_share* of the
-  non-missing rows, the one of largest IV (dynamic programming over the last bin; with *monotone*,
-  among those of monotone WOE; compare Navas-Palencia 2020, arXiv:2001.08025).
+  non-missing rows, the one of largest IV; with *monotone*, among those of monotone WOE.
 - A code list is its own pre-bins. `equal` and `quantile` keep each code; the others merge neighbours: in
-  order of value, for text in order of WOE (best for a sum of convex functions: Chou 1991).
+  order of value, for text in order of WOE.
 
 Small groups. Missing cells and pre-bins form one row of parts, and a site that others see alone
 (``site.min_group_size`` = k > 1) tells the count at an edge only if both parts beside it, as cut so far in
@@ -59,6 +56,7 @@ from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, withhel
 from atoll.contract.schema import Column, TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
+from atoll.statistics.binning import merged, woe_iv
 from atoll.statistics.cuts import halving, kept
 from atoll.statistics.noise import NOTHING, only_summed, smallest
 from atoll.statistics.quantiles import Quantiles
@@ -117,7 +115,7 @@ class Woe:
     class Params(ProgramParams):
         """target: label column with values [0, 1]. features: numeric columns and code lists (default: all).
         bins: most bins of a number. prebins: pre-bins that `monotone` and `optimal` merge. min_share: of a
-        merged bin in the non-missing rows. monotone: also of `optimal`. smoothing: see the module.
+        merged bin in the non-missing rows. monotone: also of `optimal`. smoothing: see ``binning.py``.
         resolution: of quantiles, relative to the schema's range."""
 
         target: str
@@ -292,7 +290,7 @@ class Woe:
                 **self._named(feature, edges, [spans[1 + part] for part in group]),
                 **self._numbers(counts[1:][group].sum(axis=0), labels),
             }
-            for group in self._groups(feature, counts[1:], labels)
+            for group in self._grouped(feature, counts[1:], labels)
         ]
         missing = None
         if not apart:
@@ -328,28 +326,16 @@ class Woe:
             "iv": iv,
         }
 
-    def _groups(self, feature: _Feature, counts: Ints, labels: Ints) -> list[list[int]]:
+    def _grouped(self, feature: _Feature, counts: Ints, labels: Ints) -> list[list[int]]:
         """Which parts (of *counts*, [parts, 2]) make up each bin, in order."""
-        binning, order = self.params.binning, np.arange(len(counts))
-        if binning in ("equal", "quantile") or not len(counts):
+        p = self.params
+        if p.binning in ("equal", "quantile") or not len(counts):
             return [[part] for part in range(len(counts))]
-        nominal = feature.column.dtype == "text"
-        if nominal:
-            woe, _ = woe_iv(counts, labels, self.params.smoothing)
-            order = np.argsort(np.where(counts.any(axis=1), woe, np.inf), kind="stable")
-        least = max(self.params.min_share * float(counts.sum()), 1.0)
-        best: tuple[float, list[list[int]]] = (-1.0, [list(range(len(counts)))])
-        constrained = (binning == "monotone" or self.params.monotone) and not nominal
-        for direction in (1, -1) if constrained else (0,):
-            blocks = [[int(part)] for part in order]
-            if binning == "monotone" and direction:
-                blocks = pooled(blocks, counts, labels, self.params.smoothing, direction)
-            sums = np.array([counts[block].sum(axis=0) for block in blocks])
-            iv, ends = segmented(sums, labels, self.params.bins, least, self.params.smoothing, direction)
-            if iv > best[0]:
-                merged = [blocks[first:last] for first, last in zip([0, *ends], ends, strict=False)]
-                best = iv, [[part for block in group for part in block] for group in merged]
-        return best[1]
+        return merged(
+            counts, labels, bins=p.bins, least=max(p.min_share * float(counts.sum()), 1.0), smoothing=p.smoothing,
+            nominal=feature.column.dtype == "text", monotone=p.monotone or p.binning == "monotone",
+            pool=p.binning == "monotone",
+        )  # fmt: skip
 
 
 def _as_told(total: Mapping[str, Array], features: Sequence[_Feature], sizes: Sequence[int]) -> dict[str, Any]:
@@ -394,63 +380,4 @@ def _order(size: int) -> list[int]:
     return [0, *(1 + place for place in halving(size - 1))]
 
 
-def woe_iv(counts: Ints, labels: Ints, smoothing: float) -> tuple[Floats, Floats]:
-    """(WOE, IV) of bins with *counts* [..., 2] of negatives and positives, of *labels* [2] in all; an empty bin has
-    NaN and 0."""
-    share = np.where((counts == 0).any(axis=-1, keepdims=True), counts + smoothing, counts) / labels
-    woe = np.where(counts.any(axis=-1), np.log(share[..., 0] / share[..., 1]), np.nan)
-    return woe, np.where(np.isnan(woe), 0.0, (share[..., 0] - share[..., 1]) * woe)
-
-
-def pooled(blocks: list[list[int]], counts: Ints, labels: Ints, smoothing: float, direction: int) -> list[list[int]]:
-    """Neighbouring *blocks* of parts, merged until their WOE rises (direction 1) or falls (−1)."""
-    done: list[tuple[list[int], float]] = []
-    for block in blocks:
-        woe = float(woe_iv(counts[block].sum(axis=0), labels, smoothing)[0])
-        while done and not direction * (woe - done[-1][1]) > 0:  # NaN, of an empty block, is pooled as well
-            block = done.pop()[0] + block
-            woe = float(woe_iv(counts[block].sum(axis=0), labels, smoothing)[0])
-        done.append((block, woe))
-    return [block for block, _ in done]
-
-
-def segmented(
-    counts: Ints, labels: Ints, bins: int, least: float, smoothing: float, direction: int = 0
-) -> tuple[float, list[int]]:
-    """(IV, ends of bins): neighbouring parts of *counts* [parts, 2] in at most *bins* bins of at least *least* rows, of
-    largest IV; with a *direction*, WOE must rise (1) or fall (−1). Where none will do, one bin: IV −∞.
-
-    best[i, j]: the largest IV of parts 0 … j − 1 whose last bin is i … j − 1.
-    """
-    size = len(counts)
-    reached = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(counts, axis=0)])
-    between = reached[None] - reached[:, None]
-    usable = np.triu(np.ones((size + 1, size + 1), bool), 1) & (between.sum(axis=-1) >= least)
-    woe, iv = woe_iv(np.where(usable[..., None], between, 1), labels, smoothing)
-    gain = np.where(usable, iv, -np.inf)
-    best = np.full_like(gain, -np.inf)
-    best[0] = gain[0]
-    found, ends = (float(best[0, size]) if usable[0, size] else -math.inf), [size]
-    steps: list[Ints] = []
-    for _ in range(1, min(bins, size)):
-        after, came = np.full_like(best, -np.inf), np.zeros(best.shape, np.int64)
-        for i in range(1, size):
-            if direction:  # of the bins (h, i) that may come before (i, j)
-                rising = direction * (woe[i][None, :] - woe[:, i][:, None]) > 0
-                before = np.where(rising, best[:, i][:, None], -np.inf)
-            else:
-                before = np.broadcast_to(best[:, i][:, None], best.shape)
-            came[i] = before.argmax(axis=0)
-            after[i] = before.max(axis=0) + gain[i]
-        steps.append(came)
-        best = after
-        last = int(best[:, size].argmax())
-        if best[last, size] > found:
-            found, ends = float(best[last, size]), [size]
-            for came in reversed(steps):
-                ends.insert(0, last)
-                last = int(came[last, ends[1]])
-    return found, ends
-
-
-__all__ = ["LABELS", "UNLABELLED", "Woe", "pooled", "segmented", "woe_iv"]
+__all__ = ["LABELS", "UNLABELLED", "Woe"]

@@ -5,18 +5,17 @@ stream's, which demands a client certificate of the federation's CA, and the enr
 port, which a site reaches before it has one and whose certificate it checks against the
 CA in its join token. Who a site is comes from its certificate alone. Messages are bytes
 of :mod:`atoll.contract.wire` in the frames of :mod:`atoll.transport.link`.
+
+Here is the coordinator's side; a site's is ``grpc_site.py``, and what both have in common ``grpc_channel.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +23,17 @@ import grpc
 import grpc.aio
 
 from atoll.contract.errors import AtollError, IntegrityError, ProtocolError, TransportError
-from atoll.contract.wire import HEADER_LIMIT_BYTES, Head, Json, Message, parse_json, to_json
-from atoll.transport.base import Endpoint, HeadCheck, Patience, Progress, Traffic, broken
+from atoll.contract.wire import Head, Json, Message, parse_json, to_json
+from atoll.transport.base import HeadCheck, Patience, Progress, Traffic
+from atoll.transport.grpc_channel import OPTIONS, SERVICE, join_address, pump, until_either
 from atoll.transport.link import Link, frame_id
 from atoll.transport.spool import Incoming
 
 log = logging.getLogger("atoll.transport")
-SERVICE = "atoll.Federation"
 RENEWAL_PAUSE_S = 0.1
 """For TLS handshakes that began under the server's old certificate."""
-OPTIONS = [
-    ("grpc.max_receive_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
-    ("grpc.max_send_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 60_000),  # a ping waits behind all that a slow link holds
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),
-]
-TELL_S = 1.0
-"""How often at most a site tells that more of a task is here."""
 Unary = Callable[[str, Mapping[str, Json]], Mapping[str, Json]]
 """Answers a unary call: (site, or "" before it has a certificate; request) → response; raises AtollError."""
-
-Renew = Callable[[grpc.aio.Channel], Awaitable[bool]]
-"""Renews a site's certificate over a channel if it is time; True if it was."""
-
-
-def join_address(host: str, port: int) -> str:
-    """host:port, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-async def _until_either(*work: Awaitable[None]) -> None:
-    """Run all until the first ends, cancel the others, and raise what the first raised."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        done.pop().result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _pump(link: Link, write: Callable[[bytes], Awaitable[None]]) -> None:
-    while True:
-        await write(await link.next_frame())
-
-
-# ---------------------------------------------------------------- coordinator
 
 
 class _Pending:
@@ -255,7 +214,7 @@ class GrpcTransport:
                 )  # fmt: skip
                 previous.leave(why)
                 await previous.gone.wait()
-            await _until_either(self._talk(site, end.link, requests, context), connection.left())
+            await until_either(self._talk(site, end.link, requests, context), connection.left())
         except (ProtocolError, IntegrityError) as error:
             log.warning("site %s: %s", site, error)
             ours = isinstance(error, IntegrityError)
@@ -276,7 +235,7 @@ class GrpcTransport:
             async for frame in requests:
                 link.feed(frame)
 
-        await _until_either(read(), _pump(link, context.write))
+        await until_either(read(), pump(link, context.write))
 
     def _unary(self, answer: Unary, *, known: bool) -> Callable[[bytes, Any], Awaitable[bytes]]:
         async def call(request: bytes, context: Any) -> bytes:
@@ -318,215 +277,3 @@ def _configuration(
         return make(pair)
 
     return make(used), renewed
-
-
-# ---------------------------------------------------------------- site
-
-
-class GrpcSite:
-    """A site's side: keeps one connection to the coordinator and answers what comes over it."""
-
-    def __init__(
-        self,
-        address: str,
-        ca_pem: bytes,
-        pair: Callable[[], tuple[bytes, bytes]],
-        endpoint: Endpoint,
-        *,
-        max_message_bytes: int,
-        on_state: Callable[[str], None] = lambda _: None,
-        retry_s: float = 5.0,
-        check_s: float = 10.0,
-    ) -> None:
-        """pair: the current TLS (key, certificate), asked for at every connection. retry_s: longest
-        pause between two attempts to connect. check_s: how often the certificate's age is looked at."""
-        self._address, self._ca, self._pair, self._endpoint = address, ca_pem, pair, endpoint
-        self._limit, self._on_state, self._retry_s, self._check_s = max_message_bytes, on_state, retry_s, check_s
-        self._pool = ThreadPoolExecutor(32, thread_name_prefix="request")
-        self._busy: set[bytes] = set()
-        self._answered: dict[bytes, str] = {}
-        self._link: Link | None = None
-        self._told: dict[bytes, float] = {}
-
-    async def run(self, renew: Renew | None = None) -> None:
-        """Stay connected until cancelled. *renew* may, now and then, renew the certificate over the
-        channel and return True to reconnect. Raises IntegrityError when the coordinator refuses this site."""
-        self._loop = asyncio.get_running_loop()
-        self._link = Link(self)
-        wait_s = 0.05
-        while True:
-            async with _channel(self._address, self._ca, self._pair()) as channel:
-                try:
-                    await self._stay(channel, self._link, renew)
-                    wait_s = 0.05
-                except grpc.aio.AioRpcError as error:
-                    _raise_refusal(error)
-                    log.info("not connected: %s", error.details())
-                except ProtocolError as error:
-                    log.warning("%s", error)
-            self._on_state("disconnected")
-            await asyncio.sleep(wait_s)
-            wait_s = min(wait_s * 2, self._retry_s)
-
-    async def _renewed(self, channel: grpc.aio.Channel, renew: Renew) -> None:
-        """Return once the certificate was renewed: the next connection uses the new one."""
-        while True:
-            try:
-                if await renew(channel):
-                    return
-            except TransportError as error:
-                log.warning("the certificate was not renewed: %s", error)
-            await asyncio.sleep(self._check_s)
-
-    async def _stay(self, channel: grpc.aio.Channel, link: Link, renew: Renew | None) -> None:
-        call = channel.stream_stream(f"/{SERVICE}/Connect")()
-        try:
-            await call.write(link.hello([*self._busy, *self._answered]))
-            first = await call.read()
-            if first is grpc.aio.EOF:
-                raise ProtocolError("link.no-hello", "the coordinator closed the connection")
-            link.attach(first)
-            self._on_state("connected")
-
-            async def read() -> None:
-                while (frame := await call.read()) is not grpc.aio.EOF:
-                    link.feed(frame)
-
-            work = [read(), _pump(link, call.write), *([self._renewed(channel, renew)] if renew else [])]
-            await _until_either(*work)
-        except asyncio.InvalidStateError:  # writing to a call that just ended: its status says why
-            pass
-        finally:
-            call.cancel()
-        if await call.code() not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED):
-            raise grpc.aio.AioRpcError(await call.code(), None, None, details=await call.details())
-
-    # -- the link's owner
-
-    def accept(self, head: Head) -> None:
-        if head.total_bytes > self._limit:
-            raise ProtocolError(
-                "site.too-large", "the task is larger than the site's policy allows", field="max_message_bytes",
-                remedy="the site's operator decides: policy.yaml, 'max_message_bytes'",
-            )  # fmt: skip
-
-    def arrived(self, incoming: Incoming) -> None:
-        name = str(incoming.meta.get("id"))
-        self._told.pop(frame_id(name), None)
-        if frame_id(name) in self._busy or frame_id(name) in self._answered:
-            return
-        self._busy.add(frame_id(name))
-        if incoming.kind == "open":  # it may wait for an operator for days: not in the way of others
-            threading.Thread(target=self._work, args=(incoming.message(), name), daemon=True).start()
-        else:
-            self._loop.run_in_executor(self._pool, self._work, incoming.message(), name)
-
-    def refused(self, head: Head, error: AtollError) -> None:
-        self._answer(str(head.meta.get("id")), Message("failure", {"re": head.meta.get("id"), **error.public()}))
-
-    def heard(self, frame: bytes, note: dict[str, Json] | None) -> None:
-        """Part of a task is here: tell so now and then, as buffers on the way hide it from the coordinator."""
-        now = self._loop.time()
-        if frame not in self._answered and now > self._told.get(frame, 0.0) + TELL_S:
-            self._told[frame] = now
-            self._progress(frame, b"{}")
-
-    def acknowledged(self, frame: bytes) -> None:
-        name = self._answered.pop(frame, None)
-        if name is not None and self._link is not None:
-            self._link.forget(name)
-
-    def _work(self, message: Message, name: str) -> None:
-        frame = frame_id(name)
-
-        def tell(note: Mapping[str, Json]) -> None:
-            self._loop.call_soon_threadsafe(self._progress, frame, to_json(dict(note)))
-
-        try:
-            reply = self._endpoint(message, tell)
-        except Exception as error:
-            reply = broken(name, error)
-        with contextlib.suppress(RuntimeError):  # the loop has ended: the process is going down
-            self._loop.call_soon_threadsafe(self._answer, name, reply)
-
-    def _progress(self, frame: bytes, note: bytes) -> None:
-        if self._link is not None:
-            self._link.control(b"P", frame, note)
-
-    def _answer(self, name: str, reply: Message) -> None:
-        frame = frame_id(name)
-        self._busy.discard(frame)
-        if self._link is not None:
-            self._answered[frame] = name
-            try:
-                self._link.send(name, reply)
-            except (AtollError, ValueError, TypeError) as error:  # it cannot be encoded
-                self._link.send(name, broken(name, error))
-
-
-def _channel(address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None) -> grpc.aio.Channel:
-    key, certificate = pair or (None, None)
-    credentials = grpc.ssl_channel_credentials(ca_pem, key, certificate)
-    return grpc.aio.secure_channel(address, credentials, options=OPTIONS)
-
-
-def _raise_refusal(error: grpc.aio.AioRpcError) -> None:
-    """Raise the AtollError the coordinator refused us with, if that is what it is."""
-    details = error.details() or ""
-    if error.code() == grpc.StatusCode.PERMISSION_DENIED:
-        try:
-            record = parse_json(details.encode())
-        except ProtocolError:  # of something between us, such as a proxy
-            record = None
-        if isinstance(record, dict) and "code" in record:
-            raise AtollError.from_public(record)
-    if "certificate has expired" in details or "certificate is not yet valid" in details:
-        raise IntegrityError(
-            "tls.clock", "the coordinator's certificate is not valid at this time", remedy="check the clocks of both"
-        )
-    if "CERTIFICATE_VERIFY_FAILED" in details:
-        raise IntegrityError(
-            "tls.wrong-authority", "the coordinator's certificate is not of this federation's CA",
-            remedy="check the address; if the coordinator was set up anew, enrol again",
-        )  # fmt: skip
-    if "Hostname Verification Check failed" in details:
-        raise IntegrityError(
-            "tls.wrong-name", "the coordinator's certificate is for another address", field="address",
-            remedy="reach it by the address it was set up with, or set 'address' in its coordinator.yaml",
-        )  # fmt: skip
-
-
-async def call_unary(
-    address: str, ca_pem: bytes, pair: tuple[bytes, bytes] | None, method: str, request: Mapping[str, Json],
-    deadline_s: float = 20.0,
-) -> dict[str, Any]:  # fmt: skip
-    """One unary call ("Enrol" or "Renew") as a site; raises the AtollError it was refused with, or TransportError."""
-    async with _channel(address, ca_pem, pair) as channel:
-        return await on_channel(channel, method, request, deadline_s)
-
-
-async def on_channel(
-    channel: grpc.aio.Channel, method: str, request: Mapping[str, Json], deadline_s: float = 20.0
-) -> dict[str, Any]:
-    """As :func:`call_unary`, on an open channel."""
-    call, ends = channel.unary_unary(f"/{SERVICE}/{method}"), time.monotonic() + deadline_s
-    why = ""
-    while True:
-        left = max(ends - time.monotonic(), 0)
-        try:  # at first without waiting, which tells why there is no connection
-            reply = await call(to_json(dict(request)), timeout=left, wait_for_ready=bool(why))
-            break
-        except grpc.aio.AioRpcError as error:
-            _raise_refusal(error)
-            details = error.details() or error.code().name.lower()
-            if not why and details.startswith(("failed to connect", "DNS resolution failed")):  # nothing was sent
-                why = details
-                continue
-            raise TransportError(
-                "transport.unreachable", f"the coordinator cannot be reached ({why or details})",
-                remedy="check address, firewall and clock, and that `atoll coordinator up` is running",
-            ) from None  # fmt: skip
-    content = parse_json(reply)
-    if not isinstance(content, dict):
-        raise ProtocolError("enrol.malformed", "the coordinator's answer is not a JSON object")
-    return content

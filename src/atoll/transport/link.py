@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,7 @@ class Link:
         self._discard: set[bytes] = set()
         self._work = asyncio.Event()
         self._me, self._peer = secrets.token_hex(8), ""
+        self._clock = time.time() - time.monotonic()
         self.generation = 0
 
     # -- sending
@@ -130,7 +132,8 @@ class Link:
     def hello(self, holds: list[bytes]) -> bytes:
         """This end's first frame of a connection; *holds*: complete messages that need not be sent again."""
         have = {frame.hex(): part.body_received for frame, part in self._partial.items()}
-        note = {"me": self._me, "have": have, "of": self._peer, "holds": [frame.hex() for frame in holds]}
+        held = [frame.hex() for frame in holds]
+        note = {"me": self._me, "have": have, "of": self._peer, "holds": held, "time": time.time()}
         return b"H" + bytes(ID_BYTES) + to_json(note)
 
     def attach(self, peer_hello: bytes) -> int:
@@ -140,10 +143,13 @@ class Link:
         """
         note = parse_json(peer_hello[1 + ID_BYTES :]) if peer_hello[:1] == b"H" else None
         match note:
-            case {"me": str(peer), "have": dict(have), "of": str(me), "holds": list(holds)}:
+            case {"me": str(peer), "have": dict(have), "of": str(me), "holds": list(holds), **more}:
                 pass
             case _:
                 raise ProtocolError("link.no-hello", "a connection does not begin with a hello")
+        told = more.get("time")
+        clock = float(told) if isinstance(told, int | float) and 0 <= told < 2**33 else time.time()
+        self._clock = clock - time.monotonic()
         offsets = {_frame(name): offset for name, offset in have.items()} if me == self._me else {}
         held = {name for name in holds if isinstance(name, str)}
         self.generation += 1
@@ -164,6 +170,11 @@ class Link:
             self.control(b"X", frame)
         self._work.set()
         return self.generation
+
+    def peer_time(self) -> float:
+        """What the peer's clock says now, seconds since 1970: as its hello said, and the time that passed since,
+        whatever this end's clock did."""
+        return self._clock + time.monotonic()
 
     async def next_frame(self) -> bytes:
         """The next frame to write: control frames first, then one chunk of each message in turn."""

@@ -28,9 +28,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, SiteView, handler, program
-from atoll.contract.rounds import Gather, Gathered, Reply, Round, Steps, Task, count, real
+from atoll.contract.rounds import Gather, Gathered, Reply, Round, Steps, Task, count, not_taken, real
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
@@ -142,9 +142,9 @@ class Bagged:
         columns, objective = p.columns(schema), p.loss(schema)
         steps, told = task.arrays.get("steps"), task.arrays.get("bins")
         if steps is None or steps.dtype != np.int64 or steps.shape or not 1 <= int(steps) <= p.trees:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="steps")
+            raise not_taken("steps")
         if told is None or told.ndim != 1:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="bins")
+            raise not_taken("bins")
         bins = Bins.read(task.take("bins", told.shape), schema, *columns)
         fewest = max(p.min_rows, site.min_group_size)
         rules = Rules(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,11 +41,16 @@ class Bins:
     edges: tuple[NDArray[np.float32], ...]
     codes: NDArray[np.int64]
 
-    @property
+    @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """See the class."""
         sizes = [1 + (int(n) or len(e) + 1) for e, n in zip(self.edges, self.codes, strict=True)]
         return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    @cached_property
+    def thresholds(self) -> tuple[NDArray[np.float64], ...]:
+        """By feature, where its values may be parted: missing ones from all others, and at its edges."""
+        return tuple(np.concatenate([[-FURTHEST], edges.astype(np.float64)]) for edges in self.edges)
 
     @property
     def categorical(self) -> NDArray[np.bool_]:
@@ -101,7 +107,7 @@ def split_codes(
     """(code, mask) of nodes as kernels take them, from their words, [num_nodes] each; feature: −1 at a leaf, whose
     threshold is not looked at. Raises ProtocolError where a threshold is no edge, or a mask names no category."""
     code, mask = np.zeros(len(feature), np.int32), np.zeros(len(feature), np.uint64)
-    for f in np.unique(feature[feature >= 0]):
+    for f in sorted(set(feature[feature >= 0].tolist())):
         here = feature == f
         told = threshold[here]
         if bins.codes[f]:
@@ -109,7 +115,7 @@ def split_codes(
                 raise unsound()
             mask[here] = told.astype(np.uint64)
             continue
-        edges = np.concatenate([[-FURTHEST], bins.edges[f].astype(np.float64)])
+        edges = bins.thresholds[f]
         places = np.searchsorted(edges, told)
         if not np.array_equal(edges[np.minimum(places, len(edges) - 1)], told):
             raise unsound()

@@ -53,7 +53,7 @@ from pydantic import Field
 
 from atoll.contract.errors import ProtocolError
 from atoll.contract.program import Cohort, SiteView, handler, program
-from atoll.contract.rounds import Checkpoint, Reply, Steps, Task
+from atoll.contract.rounds import Checkpoint, Reply, Steps, Task, not_taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
@@ -330,15 +330,15 @@ def _whole(arrays: Mapping[str, Array], name: str, dims: int) -> Ints | None:
     if found is None:
         return None
     if found.dtype != np.int64 or found.ndim != dims or (found < 0).any():
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field=name)
+        raise not_taken(name)
     return found
 
 
 def asked_nodes(arrays: Mapping[str, Array]) -> Ints:
     """(tree, node) pairs that are asked, each once: what is asked twice would cost a site memory without end."""
     found = _whole(arrays, "nodes", 2)
-    if found is None or found.shape[1] != 2 or len(np.unique(found, axis=0)) < len(found):
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="nodes")
+    if found is None or found.shape[1] != 2 or len(set(map(tuple, found.tolist()))) < len(found):
+        raise not_taken("nodes")
     return found
 
 
@@ -346,7 +346,7 @@ def asked_columns(arrays: Mapping[str, Array], features: int) -> Ints | None:
     """The features whose cells are asked, rising; None: all."""
     found = _whole(arrays, "columns", 1)
     if found is not None and (not len(found) or (np.diff(found) <= 0).any() or found[-1] >= features):
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="columns")
+        raise not_taken("columns")
     return found
 
 
@@ -354,7 +354,7 @@ def asked_leaves(arrays: Mapping[str, Array], max_depth: int) -> int:
     """How many leaves of a tree the coordinator has room for."""
     found = _whole(arrays, "leaves", 0)
     if found is None or not 1 <= int(found) <= 2**max_depth:
-        raise ProtocolError("task.array", "a task's array is not what the handler takes", field="leaves")
+        raise not_taken("leaves")
     return int(found)
 
 

@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from atoll.contract.errors import PlanError, ProtocolError
+from atoll.contract.errors import PlanError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, not_taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
@@ -170,19 +170,19 @@ class Edges:
         only_summed(site)
         level, asked, of = (task.arrays.get(name) for name in ("level", "places", "of"))
         if level is None or asked is None or of is None or any(a.dtype != np.int64 for a in (level, asked, of)):
-            raise _malformed("places")
+            raise not_taken("places")
         if level.shape or not 1 <= int(level) < LEVELS or of.shape != (len(self.params.columns),) or (of < 0).any():
-            raise _malformed("level")
+            raise not_taken("level")
         cells = CELLS * PARTS ** int(level)
         if asked.ndim != 1 or (of > len(asked)).any() or of.sum() != len(asked) or (asked < 0).any():
-            raise _malformed("of")
+            raise not_taken("of")
         if (asked >= cells // PARTS).any():
-            raise _malformed("places")
+            raise not_taken("places")
         found = [np.zeros((0, PARTS), np.int64)]
         each = np.split(asked, np.cumsum(of)[:-1])
         for name, scale, places in zip(self.params.columns, self._scales(site.table.schema), each, strict=True):
             if (np.diff(places) <= 0).any() or (scale.points is not None and len(places)):
-                raise _malformed("places")
+                raise not_taken("places")
             if len(places):
                 fine = scale.places(_values(site, name), cells)
                 at = np.minimum(np.searchsorted(places, fine // PARTS), len(places) - 1)
@@ -195,7 +195,3 @@ class Edges:
 def _values(site: SiteView, name: str) -> Floats:
     values = np.asarray(site.table[name], np.float64)
     return values[~np.isnan(values)]
-
-
-def _malformed(name: str) -> ProtocolError:
-    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)

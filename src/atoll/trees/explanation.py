@@ -34,14 +34,14 @@ from atoll.contract import rounds
 from atoll.contract.disclosure import suppress
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, real
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, not_taken, real, taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array, Json
 from atoll.models.linear import feature_bounds
 from atoll.models.model import Floats, make
 from atoll.models.trees import MOST_CODES, Trees
-from atoll.statistics.noise import coarse, fine, only_summed, sent_array, smallest
+from atoll.statistics.noise import coarse, fine, only_summed, smallest
 
 AT_ONCE = 1 << 22
 """SHAP values in memory."""
@@ -103,9 +103,9 @@ class Explanation:
             if "weights" not in sent:
                 raise PlanError("trees.no-weights", "the model to be explained has no weights", field="model.base",
                                 remedy="name its installed weights: base: {name, sha256}")  # fmt: skip
-            return made.with_weights(sent_array(sent, "weights", made.weights.shape))
+            return made.with_weights(taken(sent, "weights", made.weights.shape))
         if "weights" in sent:
-            raise ProtocolError("task.array", "a task's array is not what the handler takes", field="weights")
+            raise not_taken("weights")
         return made
 
     def _bins(self, model: Trees) -> dict[str, list[str]]:

@@ -69,14 +69,15 @@ class Batch:
         if words.shape != (len(self.open), WORDS) or not np.isfinite(words).all():
             raise unsound()
         told = words[:, FEATURE]
-        if not np.isin(told, np.arange(LEAF, len(self.bins.features))).all():
+        if not ((told >= LEAF) & (told < len(self.bins.features)) & (told == np.floor(told))).all():
             raise unsound()
         feature, value, splits = told.astype(np.int64), words[:, THRESHOLD], told >= 0
         with np.errstate(over="ignore"):
             single = value.astype(np.float32).astype(np.float64) == value
         if (splits.any() and self.level >= self.max_depth) or not (single | splits).all():
             raise unsound()
-        if not np.isin(words[:, DEFAULT], (0, 1)).all() or (words[:, COVER] < 0).any():
+        default = words[:, DEFAULT]
+        if not ((default == 0) | (default == 1)).all() or (words[:, COVER] < 0).any():
             raise unsound()
         code, mask = split_codes(self.bins, feature, value)
         trees, nodes = self.open.T

@@ -45,7 +45,7 @@ from pydantic import Field
 
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
-from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count
+from atoll.contract.rounds import Reply, Round, Steps, Sum, Task, count, not_taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
 from atoll.contract.wire import Array
@@ -160,7 +160,7 @@ class Isolation:
         ranges = task.take("ranges", (len(model.settings.features), 2))
         seed = task.arrays.get("seed")
         if seed is None or seed.dtype != np.int64 or seed.shape or int(seed) < 0:
-            raise _malformed("seed")
+            raise not_taken("seed")
         _once(site, "drawn", seed, ranges)
         trees = model.with_weights(np.append(0.0, drawn(model, ranges, int(seed))))
         nodes, x, size = trees.nodes, trees.inputs(site.table), 2**p.max_depth
@@ -184,7 +184,7 @@ class Isolation:
         try:
             scores = model.with_weights(weights).predict(site.table)
         except PlanError:
-            raise _malformed("weights") from None
+            raise not_taken("weights") from None
         places = np.clip((scores * SCORES).astype(np.int64), 0, SCORES - 1)
         return {"scores": np.bincount(places, minlength=SCORES)}
 
@@ -324,7 +324,3 @@ def _once(site: SiteView, what: str, *arrays: Array) -> None:
             "trees.other-forest", "a site counts in one isolation forest in a run", field="weights",
             remedy="the coordinator does not keep the plan: do not go on with it",
         )  # fmt: skip
-
-
-def _malformed(name: str) -> ProtocolError:
-    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)

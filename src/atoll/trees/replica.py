@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.errors import ProtocolError
-from atoll.contract.rounds import APART, Task
+from atoll.contract.rounds import APART, Task, not_taken
 from atoll.contract.wire import Array
 
 Floats = NDArray[np.float64]
@@ -121,11 +121,11 @@ def received(task: Task, state: Mapping[str, Array], known: Log | None = None) -
     version, digest = task.arrays.get("version"), task.arrays.get("digest")
     whole = version is not None and version.dtype == np.int64 and version.shape == (2,)
     if version is None or not whole or digest is None or digest.dtype != np.uint8 or digest.shape != (32,):
-        raise _malformed("version")
+        raise not_taken("version")
     before, after = int(version[0]), int(version[1])
     new, log = _unpacked(task.arrays), Log.of(state, known)
     if new is None or not 0 <= before <= after or len(new) != after - before or len(log) > after:
-        raise _malformed("records")
+        raise not_taken("records")
     lacked: list[Floats] = []
     if len(log) < before:
         earlier = _unpacked({name: task.arrays[APART + name] for name in KEYS if APART + name in task.arrays})
@@ -162,7 +162,3 @@ def _unpacked(arrays: Mapping[str, Any]) -> list[Floats] | None:
     if sizes.sum() != len(records) or not np.isfinite(records).all():
         return None
     return np.split(records, np.cumsum(sizes)[:-1]) if len(sizes) else []
-
-
-def _malformed(name: str) -> ProtocolError:
-    return ProtocolError("task.array", "a task's array is not what the handler takes", field=name)

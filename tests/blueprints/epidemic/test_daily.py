@@ -487,6 +487,11 @@ def vars_of(item: Any) -> dict[str, Any]:
         ({"series": {**PARAMS["series"], "city": "nothing"}}, "plan.bad-column"),
         ({"risk_horizon": 3}, "epidemic.no-horizon"),
         ({"models": [{"days": 7, "model": {**SAVED, "features": ["city"]}, "weights": [1, 1]}]}, "plan.bad-column"),
+        ({"models": [{"days": 7, "model": SAVED, "weights": [1, 1], "level": "city"}]}, "plan.bad-column"),
+        (
+            {"models": [{"days": 7, "model": {**SAVED, "family": "poisson"}, "weights": [1, 1], "level": "cases"}]},
+            "epidemic.no-counts",
+        ),
     ],
 )
 def test_a_plan_that_does_not_fit_the_table_is_refused(federation: Any, params: dict[str, Any], code: str) -> None:
@@ -585,6 +590,34 @@ def test_a_saved_model_of_trees_scores_and_says_what_drives_it(
     expected = 7 * 0.75 + 70 * 0.25  # of a row of which nothing is known
     shap = sum(np.abs(np.where(cases_of(n)[-1] < 5, 7.0, 70.0) - expected).sum() for n in PEOPLE)
     assert told["drivers"] == [{"feature": "cases", "importance": pytest.approx(shap)}]
+
+
+@pytest.mark.parametrize("plus", [0.0, 0.5])
+def test_a_model_of_growth_foretells_a_level_times_its_exponential(federation: Any, drive: Any, plus: float) -> None:
+    """Twice as many as now, of cases and *plus*; and no fewer than none, however far they are to fall."""
+    data = tables(federation)
+    growth = {"model": SAVED, "level": "cases", "plus": plus}
+    models = [
+        {"days": 7, "weights": [math.log(2), 0.0], **growth}, {"days": 1, "weights": [-9.0, 0.0], **growth},
+    ]  # fmt: skip
+    told = found(run(drive, data, models=models))
+    weekly = {n: (7 * (2 * (cases_of(n) + plus) - plus)).sum(axis=1) for n in PEOPLE}
+    fewer = sum(np.maximum((cases_of(n)[-1] + plus) * math.exp(-9) - plus, 0).sum() for n in PEOPLE)
+    assert [one["mean"] for one in told["forecast"]["learned"]] == [
+        pytest.approx(sum(values[-1] for values in weekly.values()), rel=1e-6), pytest.approx(fewer, abs=1e-6),
+    ]  # fmt: skip
+    assert told["joint"]["sum"] == pytest.approx(sum(windowed(weekly[n] / 7, PEOPLE[n])[-1] for n in PEOPLE))
+
+
+def test_growth_from_a_level_that_is_missing_is_told(federation: Any, drive: Any) -> None:
+    data = tables(federation)
+    columns = {**COLUMNS, "lately": {"range": [0, MOST]}}
+    made = {n: {**one.columns, "lately": one["cases"].astype(float)} for n, one in data.items()}
+    made["shanghai"]["lately"][-1] = math.nan
+    given = {n: federation.table(cells, columns, max_rows=10_000) for n, cells in made.items()}
+    models = [{"days": 7, "model": SAVED, "weights": [0.0, 0.0], "level": "lately"}]
+    told = found(run(drive, given, least=2, models=models, min_regions=2))
+    assert [one["code"] for one in told["problems"]] == ["epidemic.no-features"] and told["absent"] == ["shanghai"]
 
 
 def test_the_coordinator_needs_no_installed_model(federation: Any) -> None:

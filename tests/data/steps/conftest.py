@@ -21,6 +21,8 @@ from atoll.data.recipe import Prepared
 from atoll.data.sources import SourceSpec, known_columns, open_source
 from atoll.data.table import Table
 
+from .irregular import stream as stream
+
 DTYPES = {"date": "datetime64[D]", "datetime": "datetime64[us]", "text": object, "image": np.uint8}
 
 

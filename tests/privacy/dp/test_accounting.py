@@ -23,7 +23,7 @@ from scipy.stats import norm
 
 from atoll.contract.errors import PlanError, PrivacyBudgetError
 from atoll.privacy.dp import discrete_gaussian, gaussian, geometric, laplace
-from atoll.privacy.dp.accounting import calibrate, delta_warning, epsilon, prefix
+from atoll.privacy.dp.accounting import calibrate, epsilon, prefix
 
 
 def analytic_gaussian(z: float, delta: float) -> float:
@@ -142,11 +142,6 @@ def test_epsilon_must_be_positive_and_finite(target):
 def test_counts_are_not_negative():
     with pytest.raises(PlanError, match="at least 0"):
         epsilon([(gaussian.event(1.0), -1)], 1e-5)
-
-
-def test_large_deltas_are_warned_about():
-    assert "1/1000" in delta_warning(1e-3, 1000)
-    assert delta_warning(1e-6, 1000) == ""
 
 
 PLANS = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from atoll.contract.errors import PlanError, PrivacyBudgetError
 from atoll.contract.sensitivity import Norms, touches, within
 from atoll.privacy.dp import discrete_gaussian
-from atoll.privacy.dp.noise import field_scales, honest, on_grid, reach, share
+from atoll.privacy.dp.noise import delta_warning, field_scales, honest, on_grid, reach, share
 
 names = st.sampled_from("abcdef")
 norms_of = st.dictionaries(names, st.floats(1e-3, 1e3).map(lambda d: Norms(2 * d, d)), min_size=1)
@@ -100,3 +100,8 @@ def test_noise_stays_within_its_reach(shake):
     drawn = discrete_gaussian.sample(200_000, 20.0, shake(1))
     assert np.abs(drawn).max() < reach(20.0, drawn.size)
     assert np.abs(drawn).max() > reach(20.0, drawn.size, failure=0.99) * 0.7
+
+
+def test_large_deltas_are_warned_about():
+    assert "1/1000" in delta_warning(1e-3, 1000)
+    assert delta_warning(1e-6, 1000) == ""

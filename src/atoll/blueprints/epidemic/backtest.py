@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -74,7 +74,7 @@ def quantiles_of_errors(forecast: Floats, errors: Floats, alphas: Sequence[float
     """
     lacking = PRIOR_ERRORS - len(errors)
     if lacking > 0:
-        errors = np.append(errors, PRIOR_DEVIATION * ndtri((np.arange(lacking) + 0.5) / lacking))
+        errors = np.append(errors, PRIOR_DEVIATION * scipy.special.ndtri((np.arange(lacking) + 0.5) / lacking))
     at = levels(alphas)
     off = np.quantile(errors, at)
     off[len(at) // 2] = 0.0

@@ -127,10 +127,11 @@ class Daily:
     def _check(self, schema: TableSchema) -> None:
         """Raise PlanError for columns and models that do not fit the prepared table."""
         p = self.params
-        columns = {"date": ("real", "integer", "date", "datetime"), "cases": ("real", "integer")}
-        columns["population"] = columns["cases"]
-        for key, dtypes in columns.items():
-            column = schema.columns.get(name := getattr(p.series, key))
+        numbers = ("real", "integer")
+        columns = {p.series.date: (*numbers, "date", "datetime"), p.series.cases: numbers, p.series.population: numbers}
+        columns |= {model.level: numbers for model in p.models if model.level is not None}
+        for name, dtypes in columns.items():
+            column = schema.columns.get(name)
             if column is None or column.role == "ignore" or column.dtype not in dtypes:
                 raise PlanError("plan.bad-column", f"{name!r} is no column of {' or '.join(dtypes)}", field=name,
                                 remedy="check params.series against the prepared table's schema")  # fmt: skip
@@ -139,9 +140,9 @@ class Daily:
             raise PlanError("plan.bad-column", f"{city!r} is no column of the prepared table", field=city)
         for model in p.models:
             task = model.unfitted(schema).task
-            if task not in ("count", "regression"):
+            if task != "regression" and (task != "count" or model.level is not None):
                 raise PlanError("epidemic.no-counts", "a saved model does not predict numbers of cases", field="models",
-                                remedy="name models of counts or values")  # fmt: skip
+                                remedy="name models of counts or values; with a level, of values")  # fmt: skip
         _ = p.risk_model
 
     def _counts(self, newest: int, wrong: int, day: int) -> bool:
@@ -274,7 +275,7 @@ class Daily:
         """The saved models, and what each predicts for the region, [days]; NaN where it cannot."""
         models = [saved.fitted(table.schema) for saved in self.params.models]
         pairs = zip(models, self.params.models, strict=True)
-        return models, [predicted(series, table, model, saved.features) for model, saved in pairs]
+        return models, [predicted(series, table, model, saved) for model, saved in pairs]
 
     def _risk(self, series: Series, forecasts: Sequence[Floats], day: int) -> Floats:
         """h_y of the last risk_days days, the last of which is *day*, [risk_days]."""

@@ -23,6 +23,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 CASES, PEOPLE, DAYS = 10**9, 10**10, 4 * 10**6
 """More new cases on a day, residents, and days after 1 January 1970 than there can be."""
+MOST_GROWTH = 50.0
+"""A larger logarithm counts as it."""
 COMPLETE = 0.8
 """A day is there when so many of a region's cities reported on it."""
 SOUND, EMPTY, NO_POPULATION, NEGATIVE, TWICE, NO_FEATURES = range(6)
@@ -49,13 +51,20 @@ WRONG: dict[int, tuple[str, str, str]] = {
 
 class SavedModel(BaseModel):
     """A saved model, and how many days ahead it predicts: the new cases of the *days* days after a row's. model: its
-    spec with its ``base``, the installed weights; or without one, and its *weights* written out."""
+    spec with its ``base``, the installed weights; or without one, and its *weights* written out.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    level: a column of cases a day lately, of a model that predicts *growth* g from it, as the recipe's step ``ratio``
+    makes it with the same *plus* and ``log``: g = log((mean of the days to come + plus) / (level + plus)). The cases
+    are then days · ((level + plus) · e^g − plus).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     days: int = Field(ge=1, le=90)
     model: dict[str, Json]
     weights: tuple[float, ...] | None = Field(default=None, max_length=4096)
+    level: str | None = None
+    plus: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _one_source(self) -> SavedModel:
@@ -72,6 +81,13 @@ class SavedModel(BaseModel):
         """The columns that it looks at, as far as its kind names them."""
         named = self.model.get("features")
         return tuple(str(name) for name in named) if isinstance(named, list | tuple) else ()
+
+    def cases(self, told: Floats, table: Rows) -> Floats:
+        """New cases of the *days* days, [rows], of what the model *told* of the rows of *table*, [rows]."""
+        if self.level is None:
+            return told
+        level = np.asarray(table[self.level], np.float64) + self.plus
+        return self.days * (level * np.exp(np.minimum(told, MOST_GROWTH)) - self.plus)
 
     def unfitted(self, schema: TableSchema) -> Predictor:
         """Without its weights, which need not be installed where nobody scores; raises PlanError."""
@@ -191,18 +207,20 @@ def _population(table: Rows, columns: SeriesColumns, place: Ints, at: Ints) -> f
     return float(min(last[0], PEOPLE)) if len(np.unique(last)) == 1 else math.nan
 
 
-def predicted(series: Series, table: Rows, model: Predictor, features: tuple[str, ...]) -> Floats:
-    """What *model* predicts for the region from each day, [days]; NaN without a row, or where a feature is missing."""
+def predicted(series: Series, table: Rows, model: Predictor, saved: SavedModel) -> Floats:
+    """The cases that *model*, fitted from *saved*, predicts for the region from each day, [days]; NaN without a row, or
+    where a feature is missing."""
     places = series.rows[series.rows >= 0]
     found = np.full(series.rows.shape, np.nan)
     known = np.ones(len(places), bool)
     if model.spec()["kind"] != "trees":  # trees know what to do with a missing cell
-        for name in features:
+        for name in saved.features:
             if table.schema.columns[name].numeric:
                 known &= ~np.isnan(np.asarray(table[name], np.float64)[places])
     told = np.full(len(places), np.nan)
     if known.any():
-        told[known] = np.asarray(model.predict(Rows.part(table, places[known])), np.float64).reshape(-1)
+        part = Rows.part(table, places[known])
+        told[known] = saved.cases(np.asarray(model.predict(part), np.float64).reshape(-1), part)
     found[series.rows >= 0] = np.where(np.isfinite(told), np.clip(told, 0.0, CASES), np.nan)
     there = (series.rows >= 0).any(axis=1)
     gaps = (np.isnan(found) & (series.rows >= 0)).any(axis=1)

@@ -11,27 +11,21 @@ import ibis.expr.types as ir
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
 from atoll.data.engine import MEMORY_BYTES, Engine
-from atoll.data.sources import SourceSpec, source, wanted
+from atoll.data.sources import SourceSpec, source
 from atoll.data.sources.sql import (
     BATCH_ROWS,
-    asked,
     bad_query,
     check_question,
-    database,
-    file_of,
+    database_file,
     interrupting,
     no_table,
+    question,
     too_slow,
     unreachable,
 )
 
 
-@database("duckdb")
-def open_url(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
-    """A file named by URL."""
-    return open_duckdb(spec, file_of(spec, path), schema, engine)
-
-
+@database_file("duckdb")
 @source("duckdb", ".duckdb", ".ddb")
 def open_duckdb(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
     """Columns keep their types."""
@@ -44,10 +38,8 @@ def open_duckdb(spec: SourceSpec, path: Path, schema: TableSchema | None, engine
             closing(duckdb.connect(str(path), read_only=True, config=config)) as connection,
             interrupting(spec.timeout_s, connection.interrupt),
         ):
-            there = [column[0] for column in connection.execute(f"SELECT * FROM {asked(spec)} LIMIT 0").description]  # noqa: S608
-            columns = ", ".join('"' + name.replace('"', '""') + '"' for name in wanted(spec, schema, there))
-            cursor = connection.execute(f"SELECT {columns} FROM {asked(spec)}")  # noqa: S608
-            return engine.load(cursor.to_arrow_reader(BATCH_ROWS))
+            _, asked = question(spec, schema, connection.execute)
+            return engine.load(connection.execute(asked).to_arrow_reader(BATCH_ROWS))
     except duckdb.InterruptException:
         raise too_slow(spec) from None
     except duckdb.CatalogException:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import ibis
@@ -35,6 +36,19 @@ def database(*schemes: str) -> Callable[[Opener], Opener]:
 
     def register(opener: Opener) -> Opener:
         DATABASES.update(dict.fromkeys(schemes, opener))
+        return opener
+
+    return register
+
+
+def database_file(*schemes: str) -> Callable[[Opener], Opener]:
+    """The same, of openers that are given the file that the URL names."""
+
+    def register(opener: Opener) -> Opener:
+        @database(*schemes)
+        def open_url(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
+            return opener(spec, file_of(spec, path), schema, engine)
+
         return opener
 
     return register
@@ -100,13 +114,21 @@ def interrupting(seconds: float | None, stop: Callable[[], None]) -> Iterator[No
 
 
 def quoted(name: str) -> str:
+    """One name as SQL writes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def qualified(table: str) -> str:
     """schema.table as SQL writes it."""
-    return ".".join('"' + part.replace('"', '""') + '"' for part in name.split("."))
+    return ".".join(map(quoted, table.split(".")))
 
 
-def asked(spec: SourceSpec) -> str:
-    """What stands after FROM."""
-    return f"({spec.query.strip().rstrip(';')}\n) AS source" if spec.query else quoted(spec.table)
+def question(spec: SourceSpec, schema: TableSchema | None, execute: Callable[[str], Any]) -> tuple[list[str], str]:
+    """(the columns to read, the SQL that reads them). execute: a DB-API connection's, asked which columns there are."""
+    place = f"({spec.query.strip().rstrip(';')}\n) AS source" if spec.query else qualified(spec.table)
+    there = [column[0] for column in execute(f"SELECT * FROM {place} LIMIT 0").description]  # noqa: S608
+    names = wanted(spec, schema, there)
+    return names, f"SELECT {', '.join(map(quoted, names))} FROM {place}"  # noqa: S608
 
 
 def no_table() -> SchemaError:

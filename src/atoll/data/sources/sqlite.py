@@ -15,28 +15,22 @@ import pyarrow as pa
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import TableSchema
 from atoll.data.engine import Engine
-from atoll.data.sources import SourceSpec, source, wanted
+from atoll.data.sources import SourceSpec, source
 from atoll.data.sources.cells import BATCH_ROWS, as_text
 from atoll.data.sources.sql import (
-    asked,
     bad_query,
     check_question,
-    database,
-    file_of,
+    database_file,
     interrupting,
     no_table,
-    quoted,
+    qualified,
+    question,
     too_slow,
     unreachable,
 )
 
 
-@database("sqlite")
-def open_url(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
-    """A file named by URL."""
-    return open_sqlite(spec, file_of(spec, path), schema, engine)
-
-
+@database_file("sqlite")
 @source("sqlite", ".sqlite", ".sqlite3", ".db")
 def open_sqlite(spec: SourceSpec, path: Path, schema: TableSchema | None, engine: Engine) -> ir.Table:
     """One statement reads, so what it sees is consistent. Images are binary."""
@@ -46,7 +40,7 @@ def open_sqlite(spec: SourceSpec, path: Path, schema: TableSchema | None, engine
     try:
         place = f"file:{quote(str(path.absolute()))}?mode=ro"
         with closing(sqlite3.connect(place, uri=True, check_same_thread=False)) as connection:
-            if not spec.query and not connection.execute(f"PRAGMA table_info({quoted(spec.table)})").fetchall():
+            if not spec.query and not connection.execute(f"PRAGMA table_info({qualified(spec.table)})").fetchall():
                 raise no_table()
             with interrupting(spec.timeout_s, connection.interrupt):
                 return engine.load(_reader(connection, spec, schema, images, failed))
@@ -60,11 +54,9 @@ def _reader(
     connection: sqlite3.Connection, spec: SourceSpec, schema: TableSchema | None, images: set[str],
     failed: list[Exception],
 ) -> pa.RecordBatchReader:  # fmt: skip
-    there = [column[0] for column in connection.execute(f"SELECT * FROM {asked(spec)} LIMIT 0").description]  # noqa: S608
-    names = wanted(spec, schema, there)
+    names, asked = question(spec, schema, connection.execute)
     kinds = pa.schema([(name, pa.binary() if name in images else pa.string()) for name in names])
-    columns = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
-    cursor = connection.execute(f"SELECT {columns} FROM {asked(spec)}")  # noqa: S608
+    cursor = connection.execute(asked)
 
     def batches() -> Iterator[pa.RecordBatch]:
         try:

@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 
 from atoll.contract.schema import TableSchema
 from atoll.data.frame import ROW, Frame, null
-from atoll.data.step import Fitted, Step, column_of, free_name, step
+from atoll.data.step import Fitted, column_of, free_name, step
 from atoll.data.steps.cells import Names
-from atoll.data.steps.streams import Duration, check_streams, clock, latest, microseconds, time_before
+from atoll.data.steps.streams import Duration, OverStreams, clock, latest, microseconds, time_before
 
 
 @step("asof")
-class AsOf(Step):
+class AsOf(OverStreams):
     """In every row, the latest value of each column in ``value`` among the rows of its stream (equal ``by``)
     that is known at the row's time ``on`` and not older than ``tolerance``.
 
@@ -24,8 +24,6 @@ class AsOf(Step):
     new columns; "" replaces those there are. Rows without a time get no value.
     """
 
-    on: str
-    by: Names = ()
     value: Names = Field(min_length=1)
     tolerance: Duration
     delay: str = Field(default="", pattern=r"^([1-9][0-9]*(d|h|min|s))?$")
@@ -39,12 +37,7 @@ class AsOf(Step):
             raise ValueError("on and by are not joined")
         return self
 
-    @property
-    def by_row(self) -> bool:
-        return False
-
-    def after(self, schema: TableSchema) -> TableSchema:
-        check_streams(schema, self.on, self.by)
+    def made(self, schema: TableSchema) -> TableSchema:
         made = {}
         for name in self.value:
             column = column_of(schema, name, "real", "integer", "text", "date", "datetime")

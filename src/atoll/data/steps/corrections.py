@@ -14,16 +14,16 @@ from pydantic import Field, model_validator
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.columns import to_array
 from atoll.data.frame import Frame
-from atoll.data.step import Fitted, Step, free_name, numeric_of, step
+from atoll.data.step import Fitted, free_name, numeric_of, step
 from atoll.data.steps.cells import Names
 from atoll.data.steps.declare import between, coded
-from atoll.data.steps.streams import Duration, check_streams, in_order, microseconds
+from atoll.data.steps.streams import Duration, OverStreams, in_order, microseconds
 
 Floats = NDArray[np.float64]
 
 
 @step("corrections")
-class Corrections(Step):
+class Corrections(OverStreams):
     """Mend counts that were corrected, in each stream (equal ``by``) in the order of ``on``.
 
     kind: "cumulative" counts, or "new" ones of each row's time. A correction downward (a cumulative count that falls, a
@@ -41,8 +41,6 @@ class Corrections(Step):
     """
 
     columns: Names = Field(min_length=1)
-    on: str
-    by: Names = ()
     kind: Literal["cumulative", "new"] = "cumulative"
     slip: int = Field(default=2, ge=0, le=1000)
     gaps: Literal["spread", "carry", "keep"] = "spread"
@@ -55,12 +53,7 @@ class Corrections(Step):
             raise ValueError("longest goes with spread and carry")
         return self
 
-    @property
-    def by_row(self) -> bool:
-        return False
-
-    def after(self, schema: TableSchema) -> TableSchema:
-        check_streams(schema, self.on, self.by)
+    def made(self, schema: TableSchema) -> TableSchema:
         mended, flags = {}, {}
         for name in self.columns:
             column = self._mended(numeric_of(schema, name))

@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.columns import to_array
 from atoll.data.frame import Frame
-from atoll.data.step import Fitted, Step, free_name, numeric_of, step
+from atoll.data.step import Fitted, free_name, numeric_of, step
 from atoll.data.steps.cells import Names
 from atoll.data.steps.declare import between, blurred
-from atoll.data.steps.streams import Duration, Places, check_streams, in_order, microseconds
+from atoll.data.steps.streams import Duration, OverStreams, Places, in_order, microseconds
 from atoll.data.steps.windows import Floats, blocks, counted, rolled, since
 
 Rows = Annotated[int, Field(ge=1, le=100_000)]
@@ -27,7 +27,7 @@ How = Literal["mean", "sum", "std", "min", "max"]
 
 
 @step("lag")
-class Lag(Step):
+class Lag(OverStreams):
     """New columns of what ``columns`` were before, in the stream of each row (equal ``by``, in the order of ``on``).
 
     lags: COLUMN_lagN, the value N rows before. differences: COLUMN_diffN, the value minus that; rising: of columns
@@ -43,8 +43,6 @@ class Lag(Step):
 
     adds: ClassVar[bool] = True
     columns: Names = Field(min_length=1)
-    on: str
-    by: Names = ()
     lags: tuple[Rows, ...] = ()
     differences: tuple[Rows, ...] = ()
     rising: bool = False
@@ -63,12 +61,7 @@ class Lag(Step):
             raise ValueError("sums over durations need most, the rows that one may hold")
         return self
 
-    @property
-    def by_row(self) -> bool:
-        return False
-
-    def after(self, schema: TableSchema) -> TableSchema:
-        check_streams(schema, self.on, self.by)
+    def made(self, schema: TableSchema) -> TableSchema:
         made: dict[str, Column] = {}
         for name in self.columns:
             column = numeric_of(schema, name).model_copy(update={"missing": "allow"})

@@ -12,10 +12,9 @@ from pydantic import Field, model_validator
 from atoll.contract.errors import SchemaError
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.frame import ID, ROW, Frame
-from atoll.data.step import Fitted, Step, column_of, numeric_of, step
-from atoll.data.steps.cells import Names
+from atoll.data.step import Fitted, column_of, numeric_of, step
 from atoll.data.steps.declare import between, blurred
-from atoll.data.steps.streams import Duration, at_clock, check_streams, clock, microseconds, not_held
+from atoll.data.steps.streams import Duration, OverStreams, at_clock, clock, microseconds, not_held
 
 How = Literal["mean", "sum", "min", "max", "first", "last", "count"]
 WITHOUT = "without a time"
@@ -25,7 +24,7 @@ _ALL = "__all"
 
 
 @step("resample")
-class Resample(Step):
+class Resample(OverStreams):
     """Merge the rows of each stream (equal ``by``) that fall between two points of a grid of the time ``on``.
 
     every: the grid's step, in UTC from 1970 on, moved by offset ("16h": days from midnight at UTC+8). A
@@ -37,8 +36,6 @@ class Resample(Step):
     most: rows that a bin may hold, needed for sums, whose bounds derive from it; more are refused.
     """
 
-    on: str
-    by: Names = ()
     every: Duration
     columns: Mapping[str, How] = Field(min_length=1)
     label: Literal["left", "right"] = "left"
@@ -60,12 +57,7 @@ class Resample(Step):
     def drops(self) -> tuple[str, ...]:
         return (WITHOUT,)
 
-    @property
-    def by_row(self) -> bool:
-        return False
-
-    def after(self, schema: TableSchema) -> TableSchema:
-        check_streams(schema, self.on, self.by)
+    def made(self, schema: TableSchema) -> TableSchema:
         columns = {}
         for name, column in schema.columns.items():
             if name == self.on:

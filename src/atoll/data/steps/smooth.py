@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.columns import to_array
 from atoll.data.frame import ROW, Frame
-from atoll.data.step import Fitted, Step, numeric_of, step
+from atoll.data.step import Fitted, numeric_of, step
 from atoll.data.steps.cells import Names
 from atoll.data.steps.declare import blurred
-from atoll.data.steps.streams import check_streams, clock, rows_before, stream_keys
+from atoll.data.steps.streams import OverStreams, clock, rows_before, stream_keys
 
 Floats = NDArray[np.float64]
 REAL = Column(range=(0, 1))
@@ -28,7 +28,7 @@ _mad: Any = ibis.udf.agg.builtin(lambda cell: cell, name="mad", signature=((dt.f
 
 
 @step("smooth")
-class Smooth(Step):
+class Smooth(OverStreams):
     """Filter noise out of ``columns``, in each stream (equal ``by``) in the order of ``on``. Missing stays missing.
 
     median: the median of ``window`` rows around each. hampel: that median where a value is further from it than
@@ -41,8 +41,6 @@ class Smooth(Step):
 
     columns: Names = Field(min_length=1)
     method: Literal["median", "hampel", "lowpass", "exponential"]
-    on: str
-    by: Names = ()
     window: int = Field(default=5, ge=3, le=10_001)
     sigmas: float = Field(default=3.0, ge=0)
     order: int = Field(default=4, ge=1, le=12)
@@ -55,12 +53,7 @@ class Smooth(Step):
             raise ValueError("window must be odd: as many rows before as after")
         return self
 
-    @property
-    def by_row(self) -> bool:
-        return False
-
-    def after(self, schema: TableSchema) -> TableSchema:
-        check_streams(schema, self.on, self.by)
+    def made(self, schema: TableSchema) -> TableSchema:
         return schema.with_columns({name: blurred(numeric_of(schema, name)) for name in self.columns})
 
     def apply(self, frame: Frame, fitted: Fitted) -> Frame:

@@ -16,7 +16,8 @@ from pydantic import AfterValidator, Field
 from atoll.contract.errors import PlanError
 from atoll.contract.schema import TableSchema
 from atoll.data.frame import HELD, ROW, Frame
-from atoll.data.step import column_of
+from atoll.data.step import Step, column_of
+from atoll.data.steps.cells import Names
 
 Places = NDArray[np.int64]
 _SECONDS = {"d": 86_400, "h": 3600, "min": 60, "s": 1}
@@ -87,6 +88,25 @@ def check_streams(schema: TableSchema, on: str, by: tuple[str, ...]) -> None:
     column_of(schema, on, "date", "datetime")
     for name in by:
         column_of(schema, name)
+
+
+class OverStreams(Step):
+    """A step over time: each stream of rows (equal ``by``) in the order of ``on``, a date or a time."""
+
+    on: str
+    by: Names = ()
+
+    @property
+    def by_row(self) -> bool:
+        return False
+
+    def after(self, schema: TableSchema) -> TableSchema:
+        check_streams(schema, self.on, self.by)
+        return self.made(schema)
+
+    def made(self, schema: TableSchema) -> TableSchema:
+        """:meth:`after` of a table that has such streams."""
+        raise NotImplementedError
 
 
 def stream_keys(frame: Frame, on: str, by: tuple[str, ...]) -> list[Any]:

@@ -135,15 +135,6 @@ def check_delta(delta: float) -> None:
         )  # fmt: skip
 
 
-def delta_warning(delta: float, units: int) -> str:
-    """A warning when *delta* is not below one over the number of *units* (records, entities or sites), else ""."""
-    if delta * units < 1:
-        return ""
-    return (
-        f"delta = {delta:g} is not below 1/{units}: a mechanism that publishes one whole record at random would keep it"
-    )
-
-
 def _leaves(events: Events) -> list[tuple[DpEvent, int]]:
     """Compositions taken apart, equal events counted together, Gaussians made one: 1/z² = Σ count/z²."""
     counts: dict[str, tuple[DpEvent, int]] = {}

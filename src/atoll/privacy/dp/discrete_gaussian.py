@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
-from dp_accounting import ComposedDpEvent, DpEvent, GaussianDpEvent, PoissonSampledDpEvent, ZCDpEvent
 from numpy.typing import NDArray
 
 from atoll.contract.errors import PrivacyBudgetError
 from atoll.privacy.dp.randomness import Secure, below, bernoulli_exp, fill, geometric
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 LARGEST = 2.0**46
 """Largest σ in steps of the grid: every draw is then exact in float64 too."""
@@ -78,6 +81,8 @@ def event(noise_multiplier: float, *, slack: float = 0.0, sampling_rate: float =
     An event of zero-concentrated DP goes along even if it costs nothing: dp-accounting's PLD accountant does not
     know it, and so only Rényi accounting, which holds for the discrete Gaussian, is used.
     """
+    from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, ZCDpEvent
+
     if sampling_rate >= 1:
         return ZCDpEvent(rho=0.5 / noise_multiplier**2 if noise_multiplier > 0 else math.inf, xi=slack)
     sampled = PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier))

@@ -11,12 +11,16 @@ Source: Dwork & Roth 2014, Appendix A; Balle & Wang 2018, Improving the Gaussian
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
+import scipy
 from numpy.typing import NDArray
-from scipy import special
 
 from atoll.privacy.dp.randomness import Secure, fill, words
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 
 def sample(
@@ -27,7 +31,7 @@ def sample(
     def draw(size: int) -> NDArray[np.float64]:
         drawn = words(size, random)
         tail = ((drawn >> np.uint64(1)) + 0.5) * 2.0**-64  # in (0, 1/2]: small tails keep all their bits
-        low = special.ndtri(tail) * sigma
+        low = scipy.special.ndtri(tail) * sigma
         noise: NDArray[np.float64] = np.where(drawn & np.uint64(1), low, -low)
         return np.rint(noise / step) * step if step else noise
 
@@ -36,5 +40,7 @@ def sample(
 
 def event(noise_multiplier: float, *, sampling_rate: float = 1.0) -> DpEvent:
     """What one release costs; sampling_rate: of Poisson sampling that nobody outside the site knows."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
     gaussian = GaussianDpEvent(noise_multiplier)
     return gaussian if sampling_rate >= 1 else PoissonSampledDpEvent(sampling_rate, gaussian)

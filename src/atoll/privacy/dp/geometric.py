@@ -14,14 +14,16 @@ import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-from dp_accounting import DpEvent
-from dp_accounting.dp_event import DiscreteLaplaceDpEvent
 from numpy.typing import NDArray
 
 from atoll.contract.errors import PrivacyBudgetError
 from atoll.privacy.dp.randomness import Secure, Words, below, bernoulli_exp, fill, geometric, words
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 LARGEST = 2.0**46
 LARGEST_SHARED = 2.0**11
@@ -74,6 +76,8 @@ def event(noise_multiplier: float, sensitivity: int = 1, *, sampling_rate: float
     never less than the continuous ``laplace.event``, which must not be used for it. sampling_rate q: of secret Poisson
     sampling, for which ε becomes ln(1 + q(exp(ε) - 1)) (Balle, Barthe & Gaboardi 2018, Theorem 8).
     """
+    from dp_accounting.dp_event import DiscreteLaplaceDpEvent
+
     if sampling_rate < 1:
         return DiscreteLaplaceDpEvent(math.log1p(sampling_rate * math.expm1(1 / noise_multiplier)), 1)
     return DiscreteLaplaceDpEvent(1 / (noise_multiplier * sensitivity), sensitivity)

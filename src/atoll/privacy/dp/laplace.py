@@ -8,11 +8,15 @@ Source: Dwork, McSherry, Nissim & Smith 2006, Calibrating Noise to Sensitivity i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from dp_accounting import DpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 from numpy.typing import NDArray
 
 from atoll.privacy.dp.randomness import Secure, fill, words
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 
 def sample(
@@ -31,5 +35,7 @@ def sample(
 
 def event(noise_multiplier: float, *, sampling_rate: float = 1.0) -> DpEvent:
     """What one release costs; sampling_rate: of Poisson sampling that nobody outside the site knows."""
+    from dp_accounting import LaplaceDpEvent, PoissonSampledDpEvent
+
     laplace = LaplaceDpEvent(noise_multiplier)
     return laplace if sampling_rate >= 1 else PoissonSampledDpEvent(sampling_rate, laplace)

@@ -36,6 +36,15 @@ def share(total_sigma: float, sites_guaranteed: int) -> float:
     return total_sigma / math.sqrt(honest(sites_guaranteed))
 
 
+def delta_warning(delta: float, units: int) -> str:
+    """A warning when *delta* is not below one over the number of *units* (records, entities or sites), else ""."""
+    if delta * units < 1:
+        return ""
+    return (
+        f"delta = {delta:g} is not below 1/{units}: a mechanism that publishes one whole record at random would keep it"
+    )
+
+
 def field_scales(
     norms: Mapping[str, Norms],
     noise_multiplier: float,

@@ -2,7 +2,8 @@
 
 A function of the plan and the cohort's size alone, so that every site and the coordinator derive the same. The noise's
 scale follows from the declared sensitivity, never from a setting. Under a protection that shows only sums, each site
-adds its share of the noise; under one that shows single replies, each adds all of it.
+adds its share of the noise; under one that shows single replies, each adds all of it. A region adds none: its sum holds
+all of the noise by its own sites', whose shares are of those that it must have left.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from dp_accounting import DpEvent
 
 from atoll.contract.errors import PlanError, PrivacyBudgetError
 from atoll.contract.privacy import Privacy
@@ -22,10 +22,14 @@ from atoll.contract.rounds import Field
 from atoll.contract.sensitivity import Norms
 from atoll.contract.wire import Array
 from atoll.privacy.dp import discrete_gaussian, gaussian, geometric, laplace, tree
-from atoll.privacy.dp.accounting import Events, calibrate, prefix
 from atoll.privacy.dp.noise import field_scales, honest, on_grid
 from atoll.privacy.dp.randomness import Secure
 from atoll.privacy.dp.schedule import shape
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+    from atoll.privacy.dp.accounting import Events
 
 SLACK = 1e-9
 """What it may cost a release (ξ of zero-concentrated DP) that discrete shares add up only nearly to discrete noise."""
@@ -40,11 +44,13 @@ class Noise:
 
     def __init__(
         self, privacy: Privacy, rates: Sequence[float], survivors: int, *, shared: bool, once: Sequence[int] = (),
-        planned: Sequence[str] = (),
+        planned: Sequence[str] = (), behind: int = 1,
     ) -> None:  # fmt: skip
-        """rates: for each round, the rate of secret Poisson sampling (1: every record takes part). survivors: fewest
+        """rates: for each round, the rate of secret Poisson sampling (1: every record takes part; 0: none, as nothing
+        of the data leaves). survivors: fewest
         sites in a sum. shared: only sums are seen. once: the rounds of which a record takes part in at most one: their
-        noise is a tree's. planned: what each round asks, as its digest. Raises PrivacyBudgetError
+        noise is a tree's. planned: what each round asks, as its digest. behind: most sites that may stand behind one
+        name, each with noise of its own: replies have room for theirs. Raises PrivacyBudgetError
         "dp.no-honest-site", PlanError "dp.gaussian-shares", "dp.tree"."""
         if once and privacy.mechanism not in ("gaussian", "discrete_gaussian"):
             raise PlanError(
@@ -57,13 +63,14 @@ class Noise:
                 field="privacy.mechanism", remedy="choose discrete_gaussian",
             )  # fmt: skip
         self.privacy, self.rates, self.once, self.planned = privacy, tuple(rates), tuple(once), tuple(planned)
+        self.behind = behind
         self.shares = honest(survivors, privacy.colluding) if shared else 1
         self.norm = "l1" if privacy.mechanism in ("laplace", "geometric") else "l2"
 
     @cached_property
     def multipliers(self) -> tuple[float, ...]:
         """Each round's noise multiplier; together they meet the plan's (ε, δ)."""
-        single = [number for number in range(len(self.rates)) if number not in self.once]
+        single = [number for number, rate in enumerate(self.rates) if rate and number not in self.once]
         staged = dict(
             zip(single, shape(len(single), self.privacy.stages, self.privacy.ratio) if single else [], strict=True)
         )
@@ -74,8 +81,11 @@ class Noise:
                     "dp.delta", "delta may be 0 only with laplace or geometric noise, and without sampling",
                     field="delta", remedy="choose delta well below one over the number of units, such as 1e-6",
                 )  # fmt: skip
-            factor = sum(1 / noise for noise in relative) / self.privacy.epsilon
+            factor = sum(1 / noise for noise, rate in zip(relative, self.rates, strict=True) if rate)
+            factor /= self.privacy.epsilon
         else:
+            from atoll.privacy.dp.accounting import calibrate
+
             factor = calibrate(
                 self.privacy.epsilon, self.privacy.delta, lambda z: self._events([z * n for n in relative])
             )
@@ -85,7 +95,10 @@ class Noise:
     def costs(self) -> list[float]:
         """ε after each round, never more than the plan's."""
         if self.privacy.delta == 0:
-            return [float(cost) for cost in np.cumsum([1 / z for z in self.multipliers])]
+            each = [1 / z if rate else 0.0 for z, rate in zip(self.multipliers, self.rates, strict=True)]
+            return [float(cost) for cost in np.cumsum(each)]
+        from atoll.privacy.dp.accounting import prefix
+
         return [min(cost, self.privacy.epsilon) for cost in prefix(self._each(self.multipliers), self.privacy.delta)]
 
     def _event(self, multiplier: float, rate: float) -> DpEvent:
@@ -110,14 +123,14 @@ class Noise:
         """A tree is paid for with its first round."""
         first = min(self.once, default=-1)
         return [
-            (self._tree(z), int(number == first)) if number in self.once else (self._event(z, rate), 1)
+            (self._tree(z), int(number == first)) if number in self.once else (self._event(z, rate or 1), int(rate > 0))
             for number, (z, rate) in enumerate(zip(multipliers, self.rates, strict=True))
         ]
 
     def _events(self, multipliers: Sequence[float]) -> Events:
         counts: dict[tuple[float, float], int] = {}
         for number, key in enumerate(zip(multipliers, self.rates, strict=True)):
-            if number not in self.once:
+            if key[1] and number not in self.once:
                 counts[key] = counts.get(key, 0) + 1
         trees = [(self._tree(multipliers[self.once[0]]), 1)] if self.once else []
         return [*trees, *((self._event(z, rate), count) for (z, rate), count in counts.items())]
@@ -154,24 +167,24 @@ class Noise:
             size = math.prod(int(n or 0) for n in field.shape)
             grid[name] = on_grid(norms[name], steps[name], size, exact=counts) if norms[name].l2 else Norms(0, 0)
         scales = field_scales(grid, multiplier, norm=kind, split=split)
-        scales = {
-            name: max(scale, self._least(fields[name], len(fields))) if scale else 0 for name, scale in scales.items()
-        }
+        own, most = (
+            {n: max(scale, self._least(fields[n], len(fields), shares)) if scale else 0 for n, scale in scales.items()}
+            for shares in (self.shares, max(self.shares, self.behind))
+        )
         nodes = math.sqrt(tree.depth(len(self.once)) + 1) if number in self.once else 1.0
-        roomy = {name: self._with_room(field, steps[name], nodes * scales[name]) for name, field in fields.items()}
-        return roomy, scales
+        return {name: self._with_room(field, steps[name], nodes * most[name]) for name, field in fields.items()}, own
 
-    def _least(self, field: Field, num_fields: int) -> float:
-        """The scale below which shares of discrete noise on the field's grid do not add up as SLACK says."""
-        if self.privacy.mechanism != "discrete_gaussian" or self.shares == 1:
+    def _least(self, field: Field, num_fields: int, shares: int) -> float:
+        """The scale below which *shares* of discrete noise on the field's grid do not add up as SLACK says."""
+        if self.privacy.mechanism != "discrete_gaussian" or shares == 1:
             return 0.0
         size = math.prod(int(n or 0) for n in field.shape)
-        terms = 10 * (self.shares - 1) * max(size, 1) * num_fields / SLACK
-        return math.sqrt(self.shares * math.log(terms)) / math.pi * (1 + 1e-9)
+        terms = 10 * (shares - 1) * max(size, 1) * num_fields / SLACK
+        return math.sqrt(shares * math.log(terms)) / math.pi * (1 + 1e-9)
 
     def _with_room(self, field: Field, step: float, scale: float) -> Field:
         room = (ROOM[self.norm] * scale + 1) * step if scale else 0
-        return replace(field, step=step, bound=(field.bound or 0) + room)
+        return replace(field, step=step, bound=self.behind * ((field.bound or 0) + room))
 
     def add(
         self, number: int, arrays: Mapping[str, Array], fields: Mapping[str, Field], scales: Mapping[str, float],

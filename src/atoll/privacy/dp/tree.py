@@ -15,8 +15,10 @@ Shuffling, Algorithm 1.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from dp_accounting import DpEvent, GaussianDpEvent
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
 
 
 def depth(steps: int) -> int:
@@ -30,6 +32,8 @@ def event(noise_multiplier: float, steps: int) -> DpEvent:
     dp-accounting's tree event says the same, for the zero-out neighbours of the paper only; this is the
     Gaussian mechanism on all nodes at once, in which a record moves depth(steps) of them, each by Δ₂ at most.
     """
+    from dp_accounting import GaussianDpEvent
+
     return GaussianDpEvent(noise_multiplier / math.sqrt(depth(steps)))
 
 

@@ -69,7 +69,7 @@ def publish(scheme: str, party: Party, make: Callable[[], tuple[bytes, bytes]]) 
         made = make()
         party.state[private], party.state[public] = (np.frombuffer(part, np.uint8) for part in made)
     data = party.state[public]
-    signature = party.sign(claim(scheme, party.terms.run, party.terms.roster_hash, party.name, data.tobytes()))
+    signature = party.sign(claim(scheme, party.terms.run, party.terms.agreed, party.name, data.tobytes()))
     return {"key": data, "signature": np.frombuffer(signature, np.uint8)}
 
 
@@ -107,7 +107,7 @@ def _checked(scheme: str, terms: Terms, holder: str, told: Mapping[str, Array]) 
         raise ProtocolError("he.not-key-holder", "the public key is not of the plan's key holder", field=holder)
     data = key.tobytes()
     try:
-        verify(terms.roster[holder], signature.tobytes(), claim(scheme, terms.run, terms.roster_hash, holder, data))
+        verify(terms.roster[holder], signature.tobytes(), claim(scheme, terms.run, terms.agreed, holder, data))
     except IntegrityError:
         raise IntegrityError(
             "he.key-signature", "a public key is not signed by its holder's approved identity for this run",
@@ -116,6 +116,6 @@ def _checked(scheme: str, terms: Terms, holder: str, told: Mapping[str, Array]) 
     return PublicKeyOf(holder, data, told)
 
 
-def claim(scheme: str, run: str, roster_hash: str, holder: str, public: bytes) -> bytes:
-    """What an identity signs of a public key: it is *holder*'s, in this run, among this roster."""
-    return label("atoll he key 1", scheme, run, roster_hash, holder, public)
+def claim(scheme: str, run: str, agreed: str, holder: str, public: bytes) -> bytes:
+    """What an identity signs of a public key: it is *holder*'s, in this run, by this plan among this roster."""
+    return label("atoll he key 1", scheme, run, agreed, holder, public)

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from scipy.stats import hypergeom
+import scipy
 
 from atoll.contract.protection import Terms
 from atoll.crypto.prg import label
@@ -51,10 +51,11 @@ def degree(num_sites: int, adversary: str) -> int:
         return num_sites - 1
     bad, lost = math.ceil(COLLUDING * num_sites), math.ceil(DROPPING * num_sites)
     most = min(num_sites, MAX_HOLDERS) - 1
+    drawn = scipy.stats.hypergeom
     for k in range(8, most, 2):
         needed = threshold(k + 1, adversary)
-        colluding = hypergeom(num_sites - 1, bad, k).logsf(needed - 2) / math.log(2)  # with itself one short
-        too_few = hypergeom(num_sites - 1, lost, k).logsf(k + 1 - needed - 1) / math.log(2)
+        colluding = drawn.logsf(needed - 2, num_sites - 1, bad, k) / math.log(2)  # with itself one short
+        too_few = drawn.logsf(k + 1 - needed - 1, num_sites - 1, lost, k) / math.log(2)
         if max(colluding + SECURITY_BITS[adversary], too_few + CORRECTNESS_BITS) + math.log2(num_sites) <= 0:
             return k
     return most
@@ -65,8 +66,13 @@ def neighbours(terms: Terms) -> dict[str, tuple[str, ...]]:
     sites = terms.cohort
     k = degree(len(sites), terms.choice.adversary)
     if k >= len(sites) - 1:
-        return {site: tuple(other for other in sites if other != site) for site in sites}
+        return _complete(sites)
     return _ring(sites, k, label("graph", *terms.label()))
+
+
+@lru_cache(maxsize=8)
+def _complete(sites: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    return {site: tuple(other for other in sites if other != site) for site in sites}
 
 
 @lru_cache(maxsize=8)

@@ -161,7 +161,7 @@ class SecAgg:
         terms, state = party.terms, party.state
         around = neighbours(terms)[party.name]
         others = listed(party, "sessions", SIGNED_BYTES, around)
-        private, seed, needed = Session.fresh(), fresh_key(), _needed(around, terms)
+        (private, public), seed, needed = Session.fresh_pair(), fresh_key(), _needed(around, terms)
         enough(len(others) + 1, needed, "shares")
         number = holders(party.name, around)
         split = shamir.split(private + seed, needed, [number[site] for site in (party.name, *others)])
@@ -169,12 +169,12 @@ class SecAgg:
         state |= {"own": array(split[number[party.name]]), "private": array(private), "seed": array(seed)}
         envelopes = {}
         for other, session in others.items():
-            key = check_claim(session.tobytes(), terms.run, terms.roster_hash, other, terms.roster[other])
+            key = check_claim(session.tobytes(), terms.run, terms.agreed, other, terms.roster[other])
             about = label("share", *terms.label(party.name, other))
             envelopes[other] = array(party.session.seal(key, about, split[number[other]]))
             state[f"session {other}"] = array(key)
-        public = Session(private).public + _commitment(seed)
-        advert = public + party.sign(_advert(terms, party.name, public))
+        told = public + _commitment(seed)
+        advert = told + party.sign(_advert(terms, party.name, told))
         return {"advert": array(advert), "sealed": dense("sealed", SEALED_BYTES, around, envelopes)["sealed"]}
 
     def _masked(self, party: Party, group: Group, reply: Mapping[str, Array]) -> dict[str, Array]:
