@@ -85,6 +85,10 @@ def test_sums_of_seir_stand_beside_the_learned_forecast(study: Any) -> None:
     summed = sum(200 + n for n in range(1, 8))
     assert "1,610 (1,127 to 2,415)" in told and f"{summed:,} (" in told
     assert "R_t" in told and "the epidemic is growing, though the interval holds 1" in told
+    study[0]["output"]["epidemic"]["incidence"][-1]["cases"] = (
+        None  # withheld: the sums are from that day on all the same
+    )
+    assert f"{summed:,} (" in words(epidemic.outlook(*study))
 
 
 def test_what_is_partial_late_or_withheld_is_said(study: Any) -> None:

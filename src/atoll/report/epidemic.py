@@ -109,7 +109,8 @@ def outlook(result: Input, _: Input) -> Section | None:
     past, seir, learned, spread = found_in.course(found)
     if not past and not seir and not learned:
         return None
-    summed = found_in.summed(seir, sorted({days for days, _ in learned} or {1, 3, 7, 14}), max(past, default=None))
+    today = found_in.newest(found, past, seir)
+    summed = found_in.summed(seir, sorted({days for days, _ in learned} or {1, 3, 7, 14}), today)
     rows: list[tuple[int, Interval | None, Interval | None]] = [(n, one, summed.get(n)) for n, one in learned]
     rows = rows or [(n, None, one) for n, one in summed.items()]
     newest = spread[max(spread)] if spread else None
@@ -126,7 +127,7 @@ def outlook(result: Input, _: Input) -> Section | None:
     lines = [[counted(days, "day"), _told(a), _told(b)] for days, a, b in rows]
     label = f"Bars: new cases a day up to {_date(max(past, default=None))}; line: SEIR projection"
     pictures = [
-        figure(plots.outlook(past, seir, learned, label), "New cases a day",
+        figure(plots.outlook(past, seir, learned, today, label), "New cases a day",
                _legend(("data", "reported"), ("federated", "learned forecast, mean a day"), ("local", "SEIR"))),
         figure(plots.horizons(rows, "Dots: cases summed over the days ahead, " + "; ".join(
                    f"{days} days: learned {_told(a)}, SEIR {_told(b)}" for days, a, b in rows)),

@@ -33,11 +33,17 @@ def forecasts(rows: object) -> list[tuple[int, Interval]]:
                   if (days := real(one.get("days"))) and days >= 1 and (known := interval(one, "mean")))  # fmt: skip
 
 
+def newest(found: Found, past: Mapping[Day, float], seir: Mapping[Day, Interval]) -> Day | None:
+    """The day that the report is of, whether its own cases are told or withheld."""
+    if (told := day_of(found.get("day"))) is not None or past:
+        return told or max(past)
+    return min(seir) - dt.timedelta(1) if seir else None
+
+
 def summed(seir: Mapping[Day, Interval], horizons: Iterable[int], today: Day | None) -> dict[int, Interval]:
     """SEIR's cases summed over so many days from *today* on, where it reaches so far."""
-    if not seir:
+    if today is None:
         return {}
-    today = today or min(seir) - dt.timedelta(1)
     made: dict[int, Interval] = {}
     for days in horizons:
         each = [seir.get(today + dt.timedelta(n + 1)) for n in range(days)]

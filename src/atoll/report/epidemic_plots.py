@@ -203,16 +203,19 @@ def line_by_day(
 
 
 def outlook(
-    past: Mapping[Day, float], seir: Mapping[Day, Interval], learned: Sequence[tuple[int, Interval]], label: str
+    past: Mapping[Day, float],
+    seir: Mapping[Day, Interval],
+    learned: Sequence[tuple[int, Interval]],
+    today: Day | None,
+    label: str,
 ) -> Html | None:
     """New cases a day: what was reported, the SEIR projection, and the learned forecasts as means a day.
 
-    learned: [(days ahead, sum over them)]. Each is drawn as a bar over the days that the one before it does not cover,
-    at the mean a day of what it adds, so that the bars' areas are the forecast sums.
+    learned: [(days ahead, sum over them)], from *today* on. Each is drawn as a bar over the days that the one before it
+    does not cover, at the mean a day of what it adds, so that the bars' areas are the forecast sums.
     """
-    if not past and not seir:
+    if today is None or not (past or seir):
         return None
-    today = max(past) if past else min(seir) - dt.timedelta(1)
     first = min([*past, today])
     last = max([*seir, *(today + dt.timedelta(days) for days, _ in learned), today])
 
