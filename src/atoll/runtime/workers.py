@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -22,7 +23,7 @@ import numpy as np
 from atoll.contract.errors import AtollError, ProtocolError
 from atoll.contract.plan import Plan
 from atoll.contract.rounds import Field, Gather, Ready, Reduction, Round, Stream, Sum
-from atoll.contract.wire import Array, Json, Message, decode, encode_bytes
+from atoll.contract.wire import Array, Message, decode, encode_bytes
 from atoll.data.recipe import Prepared
 from atoll.data.site_data import SiteData
 from atoll.data.sources import SourceSpec
@@ -89,16 +90,17 @@ class Workers:
         everywhere = all(isinstance(source, Table | Dealt) for source in data.values())
         try:
             for place in range(min(number, len(names))):
-                own = {site: data[site] for site in names[place :: min(number, len(names))]}
-                if not everywhere:
-                    self._home |= dict.fromkeys(own, place)
-                own = dict(data) if everywhere else own
                 ours, theirs = context.Pipe()
-                args = (theirs, plan.to_json(), own, names, base, batch)
-                process = context.Process(target=_work, args=args, name=f"sites-{place}", daemon=True)
+                process = context.Process(target=_work, args=(theirs,), name=f"sites-{place}", daemon=True)
                 process.start()
                 theirs.close()
                 self._children.append((process, ours))
+            for place, (_, pipe) in enumerate(self._children):  # all have started: handing over waits for their imports
+                own = {site: data[site] for site in names[place :: len(self._children)]}
+                if not everywhere:
+                    self._home |= dict.fromkeys(own, place)
+                with suppress(BrokenPipeError):  # what ended it is told below
+                    pipe.send((plan.to_json(), dict(data) if everywhere else own, names, base, batch))
             self._rows: dict[str, int] = {}
             for place in range(len(self._children)):
                 self._rows |= self._received(place).meta["rows"]
@@ -183,12 +185,13 @@ def dealt_out(
     return shares
 
 
-def _work(pipe: Connection, plan_json: Json, data: Data, cohort: Sequence[str], base: Path, batch: bool) -> None:
+def _work(pipe: Connection) -> None:
     """A worker process: answers rounds until its pipe is closed."""
     load_installed()
     settle()
     _one_thread()
     try:
+        plan_json, data, cohort, base, batch = pipe.recv()
         plan = Plan.from_json(plan_json)
         allow(asked_in(plan.params))
         engine = Engine(plan, opened(plan, data, base), cohort=cohort, batch=batch)
