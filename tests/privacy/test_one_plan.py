@@ -14,6 +14,7 @@ from atoll.contract.wire import Message
 from atoll.data.table import Table
 from atoll.runtime import courier
 from atoll.runtime.policy import Policy
+from atoll.runtime.roster import among
 from atoll.runtime.study import check_plan, settled
 
 SITES = tuple("vwxyz")
@@ -98,3 +99,10 @@ def test_clusters_are_refused_against_an_active_coordinator(federation: Any) -> 
         check_plan(federation.plan("horizontal.ifca", params, tables, protection=protection))
     assert caught.value.code == "plan.active-choice"
     check_plan(federation.plan("horizontal.ifca", {**params, "clusters": 1}, tables, protection=protection))
+
+
+def test_a_sandbox_rehearses_a_plan_of_other_sites(federation: Any) -> None:
+    plan = describe(federation, tables_of(federation), "secagg")
+    assert among(plan, SITES) is plan
+    assert among(plan, ("one", "two")).cohort.sites == ()
+    assert among(plan, ("one", "two")).cohort.min_sites == plan.cohort.min_sites

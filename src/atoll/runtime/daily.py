@@ -33,6 +33,7 @@ from atoll.runtime.coordinator import Event
 from atoll.runtime.home import CoordinatorHome
 from atoll.runtime.lasting import HELD, LastingSandbox
 from atoll.runtime.results import details, releases, write_json
+from atoll.runtime.roster import among
 from atoll.runtime.store import RunStore
 from atoll.runtime.study import check_plan, settled
 
@@ -342,7 +343,7 @@ class OnThisMachine:
 
     def begin(self, run: str, plan: Plan) -> None:
         """Submit a run of that id, for all sites."""
-        self.store.create_run(plan, tuple(self._sources), run, HELD)
+        self.store.create_run(among(plan, self._sources), tuple(self._sources), run, HELD)
 
     def drive(self, run: str, tell: Event) -> None:
         """Return when the run has finished."""

@@ -41,6 +41,7 @@ from atoll.runtime.noise import noise_of, norms_of
 from atoll.runtime.opened import _stream
 from atoll.runtime.party import View
 from atoll.runtime.policy import Policy
+from atoll.runtime.roster import among
 from atoll.runtime.sandbox import _run_local
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
@@ -127,7 +128,7 @@ def rehearse(
             open_.callback(journals[site].close)
             party = Site(own, journals[site], Policy.sandbox(), lambda _, rows=rows: rows, identity.public)  # type: ignore[misc]
             endpoints[site] = _tapped(site, party.handle, name, replies)
-        run = store.create_run(plan, tuple(data))
+        run = store.create_run(among(plan, data), tuple(data))
         for site, key in (sessions or {}).items():
             journals[site].set_setting(f"session {run}", key.hex())
         for number, (stage, called, reduced) in enumerate(before):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.plan import Plan
@@ -34,6 +34,13 @@ def read_roster(announced: Json, sites: Sequence[str]) -> dict[str, str]:
             remedy="the coordinator does not keep the plan: do not go on with it",
         )  # fmt: skip
     return {check_name(str(site)): str(key) for site, key in announced.items()}
+
+
+def among(plan: Plan, sites: Collection[str]) -> Plan:
+    """*plan* as a sandbox runs it: among its own *sites*, where the plan names others."""
+    if not plan.cohort.sites or set(plan.cohort.sites) == set(sites):
+        return plan
+    return plan.model_copy(update={"cohort": plan.cohort.model_copy(update={"sites": ()})})
 
 
 def check_cohort(plan: Plan, sites: Sequence[str], roster: Mapping[str, str]) -> None:

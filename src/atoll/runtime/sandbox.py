@@ -44,6 +44,7 @@ from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.journal import Journal
 from atoll.runtime.policy import Policy
 from atoll.runtime.results import details, write_json, write_model
+from atoll.runtime.roster import among
 from atoll.runtime.serve import settle
 from atoll.runtime.site import Site
 from atoll.runtime.store import RunStore
@@ -77,7 +78,7 @@ def run_sandbox(
     allow(asked_in(plan.params))  # it is one's own
     settle()
     check_plan(plan)
-    plan = settled(plan)
+    plan = among(settled(plan), sources)
     tell = on_event or (lambda _: None)
     tables = {site: _read(site, spec, plan, base) for site, spec in sources.items()}
     ledgers = out / "ledger"
