@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import datetime as dt
 import importlib
-import json
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -198,8 +197,7 @@ class Headquarters(Net):
                 return self.home.renew(self.store, site, request)
 
         await self.start(self.home.server_pair, enrol=enrol, renew=renew)
-        ports = {"port": self.port, "enrol_port": self.enrol_port}
-        (self.home.folder / "listening.json").write_text(json.dumps(ports))
+        self.home.listen_on(self.port, self.enrol_port)
         return self
 
     def invite(self, site: str, lifetime: dt.timedelta = dt.timedelta(hours=3)) -> str:

@@ -10,6 +10,7 @@ import json
 import socket
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -293,3 +294,14 @@ async def test_a_site_comes_back_with_its_identity(headquarters: Any) -> None:
     assert all((home.folder / name).read_bytes() != content for name, content in old.items())
     assert (home.folder / "tls.key").stat().st_mode & 0o777 == 0o600
     assert hq.store.roster() == {"a": home.identity.public.hex()}
+
+
+async def test_ports_are_read_whole_while_they_are_written(headquarters: Any) -> None:
+    """An invitation made as the coordinator starts never names a port that nobody listens on."""
+    home = headquarters().home
+    home.listen_on(1, 2)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [home.listen_on(1, 2) for _ in range(500)])
+        while not writing.done():
+            assert home.listening() == (1, 2)
+    writing.result()

@@ -141,6 +141,12 @@ class CoordinatorHome:
         except (OSError, ValueError, KeyError, TypeError):
             return self.config.port, self.config.enrol_port
 
+    def listen_on(self, port: int, enrol_port: int) -> None:
+        """Write down the ports in use; a command that reads them meanwhile has all of it or nothing."""
+        fresh = self.folder / "listening.json.new"
+        fresh.write_text(json.dumps({"port": port, "enrol_port": enrol_port, "pid": os.getpid()}))
+        fresh.replace(self.folder / "listening.json")
+
     def invite(self, store: RunStore, site: str, lifetime: dt.timedelta) -> pki.JoinToken:
         """A one-time token for *site*; any earlier one of the site is void."""
         address = join_address(self.config.address or self.config.host, self.listening()[1])

@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import datetime as dt
 import gc
-import json
 import logging
 import os
 import signal
@@ -70,8 +69,7 @@ class CoordinatorServer:
         port, enrol_port = await self._transport.start(
             config.host, config.port, config.enrol_port, home.ca.pem, home.server_pair
         )
-        listening = home.folder / "listening.json"
-        listening.write_text(json.dumps({"port": port, "enrol_port": enrol_port, "pid": os.getpid()}))
+        home.listen_on(port, enrol_port)
         self._tell({"listening": f"{config.host}:{port}", "enrolment": f"{config.host}:{enrol_port}"})
         try:
             while True:
@@ -82,7 +80,7 @@ class CoordinatorServer:
                 task.cancel("stopping")
             await asyncio.gather(*self._running.values(), return_exceptions=True)
             await self._transport.stop()
-            listening.unlink(missing_ok=True)
+            (home.folder / "listening.json").unlink(missing_ok=True)
             self._store.close()
 
     def _take_requests(self) -> None:

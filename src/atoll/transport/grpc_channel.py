@@ -19,7 +19,8 @@ OPTIONS = [
     ("grpc.max_receive_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
     ("grpc.max_send_message_length", HEADER_LIMIT_BYTES + (2 << 20)),
     ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 60_000),  # a ping waits behind all that a slow link holds
+    ("grpc.keepalive_timeout_ms", 60_000),  # without a byte from the other end
+    ("grpc.http2.ping_timeout_ms", 600_000),  # a ping and its answer wait behind all that a slow link holds
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
