@@ -3,7 +3,11 @@ the same plan against simulated sites in a process a core."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from atoll.contract.plan import Plan
 from atoll.contract.schema import Column, TableSchema
@@ -38,13 +42,15 @@ def planned(task: Task) -> Plan:
     })  # fmt: skip
 
 
-def simulated(plan: Plan, tables: dict[str, Table], cores: int) -> dict[str, Array]:
+def simulated(plan: Plan, tables: Callable[[], dict[str, Table]], cores: int) -> dict[str, Array]:
     """The arrays of the model that the same plan leads to at simulated sites."""
-    plan, sites = settled(plan), tuple(tables)
-    answers = Workers(plan, tables, cores)
+    plan = settled(plan)
+    answers = Workers(plan, cores)
     try:
-        rows = np.array([len(table) for table in tables.values()], float)
-        run = Simulation(plan, sites, answers, work=Work(rows))
+        made = tables()
+        answers.open(made)
+        rows = np.array([len(table) for table in made.values()], float)
+        run = Simulation(plan, tuple(made), answers, work=Work(rows))
         run.run()
         return run.result()[1]
     finally:
@@ -55,15 +61,17 @@ def main() -> None:
     """Train, and tell the accuracy."""
     task = asked()
     load_installed()
-    data, plan = images(task), planned(task)
-    labels = data["y_train"].astype(np.float64)
-    dealt_rows = dealt(task, len(labels))
-    tables = {
-        f"site-{i:03d}": Table(SCHEMA, {"image": data["x_train"][own], "digit": labels[own]})
-        for i, own in enumerate(dealt_rows)
-    }
-    spec = {"target": "digit", **plan.params["model"]}
-    arrays = learn(plan, tables).arrays if task["way"] == "local" else simulated(plan, tables, task["cores"])
-    model = from_spec(spec, SCHEMA, arrays)
+    plan, data = planned(task), dict[str, NDArray[Any]]()
+
+    def tables() -> dict[str, Table]:
+        data.update(images(task))
+        labels = data["y_train"].astype(np.float64)
+        return {
+            f"site-{i:03d}": Table(SCHEMA, {"image": data["x_train"][own], "digit": labels[own]})
+            for i, own in enumerate(dealt(task, len(labels)))
+        }
+
+    arrays = learn(plan, tables()).arrays if task["way"] == "local" else simulated(plan, tables, task["cores"])
+    model = from_spec({"target": "digit", **plan.params["model"]}, SCHEMA, arrays)
     found = model.predict(Table(SCHEMA, {"image": data["x_test"], "digit": data["y_test"].astype(np.float64)}))
     tell(accuracy=float((found.argmax(1) == data["y_test"]).mean()))

@@ -106,8 +106,9 @@ def test_sizes_are_those_of_real_messages(
 def test_processes_give_the_same_bits_as_one(federation: Any, tables: dict[str, Table]) -> None:
     plan = settled(federation.plan("horizontal.scaffold", {**LOGISTIC, "rounds": 2}, tables, run={"holdout": 0.25}))
     alone = simulated(plan, tables)
-    workers = Workers(plan, tables, 2, batch=False)
+    workers = Workers(plan, 2)
     try:
+        workers.open(tables, batch=False)
         run = Simulation(plan, tuple(tables), workers, work=Work(np.ones(len(tables))))
         run.run()
         found, made = run.result()
@@ -122,9 +123,14 @@ def test_processes_give_the_same_bits_as_one(federation: Any, tables: dict[str, 
 def test_a_site_that_cannot_open_the_plan_is_named_from_its_process(federation: Any, tables: dict[str, Table]) -> None:
     plan = settled(federation.plan("horizontal.fedavg", {**LOGISTIC, "rounds": 1}, tables))
     sources = {**tables, "gone": SourceSpec(path="gone.csv")}
-    with pytest.raises(Exception, match="site gone") as error:
-        Workers(plan, sources, 2)
-    assert error.value.code.startswith("source.")  # type: ignore[attr-defined]
+    for number in (1, 2, 4):  # in this process, and in each place of another
+        workers = Workers(plan, number)
+        try:
+            with pytest.raises(Exception, match="site gone") as error:
+                workers.open(sources)
+        finally:
+            workers.close()
+        assert error.value.code.startswith("source.")  # type: ignore[attr-defined]
 
 
 def test_batches_of_sites_learn_the_same(federation: Any, tables: dict[str, Table]) -> None:

@@ -18,12 +18,11 @@ from atoll.runtime.forecast import Speed, measured
 from atoll.runtime.results import details, to_plain, write_json, write_model
 from atoll.runtime.serve import settle
 from atoll.runtime.simulated import Event, Simulation
-from atoll.runtime.simulation import Answers, Engine
 from atoll.runtime.study import check_plan, settled
 from atoll.runtime.timeline import Simulated
 from atoll.runtime.virtual_time import Immediate, Virtual
 from atoll.runtime.work import Work
-from atoll.runtime.workers import Data, Dealt, Workers, opened
+from atoll.runtime.workers import Data, Dealt, Workers
 
 
 def dealt(sources: Mapping[str, SourceSpec], number: int) -> Data:
@@ -55,12 +54,9 @@ def run_simulated(
     if fleet is not None:
         fleet = fleet.of(sites)
         speed = speed or measured(plan, float(np.median(fleet["rows"])))
-    answers: Answers
-    if workers > 1:
-        answers = Workers(plan, data, workers, base=base, batch=batch)
-    else:
-        answers = Engine(plan, opened(plan, data, base), batch=batch)
+    answers = Workers(plan, min(workers, len(data)))
     try:
+        answers.open(data, base=base, batch=batch)
         known = answers.rows()
         rows = np.array([known[site] for site in sites], float)
         work = Work(np.floor(rows * (1 - plan.run.holdout)))

@@ -1,4 +1,4 @@
-"""Simulated sites in several processes of this machine, each of which holds some of them with their rows and state.
+"""Simulated sites in processes of this machine, each of which holds some of them with their rows and state.
 
 Sites whose rows are in memory anyway are held by every process, and each round is dealt out evenly; a site that has
 kept something of a round stays where that is.
@@ -9,7 +9,6 @@ the tables themselves are handed over at the start as Python objects, from this 
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from atoll.runtime.catalogue import load_installed
 from atoll.runtime.courier import described
 from atoll.runtime.serve import settle
 from atoll.runtime.simulation import Answer, Engine, add_up
+from atoll.runtime.study import check_plan
 
 
 @dataclass(frozen=True)
@@ -77,36 +77,40 @@ def opened(plan: Plan, data: Data, base: Path) -> dict[str, SiteData]:
 
 
 class Workers:
-    """See :class:`atoll.runtime.simulation.Answers`."""
+    """See :class:`atoll.runtime.simulation.Answers`. This process is the first of them."""
 
-    def __init__(self, plan: Plan, data: Data, number: int, *, base: Path = Path(), batch: bool = True) -> None:
-        """number: of processes, at least 1. Raises what a site raises that cannot open the plan."""
+    def __init__(self, plan: Plan, number: int) -> None:
+        """Start the others of *number* processes, which get ready for the plan while its data is read; then
+        :meth:`open`."""
         self.real = True
         self.lost: dict[str, AtollError] = {}
         self.broken: dict[str, AtollError] = {}
+        self._plan, self._home = plan, dict[str, int]()
         self._children: list[tuple[BaseProcess, Connection]] = []
-        self._home: dict[str, int] = {}
-        context, names = multiprocessing.get_context("spawn"), list(data)
-        everywhere = all(isinstance(source, Table | Dealt) for source in data.values())
-        try:
-            for place in range(min(number, len(names))):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs,), name=f"sites-{place}", daemon=True)
-                process.start()
-                theirs.close()
-                self._children.append((process, ours))
-            for place, (_, pipe) in enumerate(self._children):  # all have started: handing over waits for their imports
-                own = {site: data[site] for site in names[place :: len(self._children)]}
-                if not everywhere:
-                    self._home |= dict.fromkeys(own, place)
-                with suppress(BrokenPipeError):  # what ended it is told below
-                    pipe.send((plan.to_json(), dict(data) if everywhere else own, names, base, batch))
-            self._rows: dict[str, int] = {}
-            for place in range(len(self._children)):
-                self._rows |= self._received(place).meta["rows"]
-        except BaseException:
-            self.close()
-            raise
+        context = multiprocessing.get_context("spawn")
+        for place in range(1, number):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), name=f"sites-{place}", daemon=True)
+            process.start()
+            theirs.close()
+            self._children.append((process, ours))
+            ours.send(plan.to_json())
+
+    def open(self, data: Data, *, base: Path = Path(), batch: bool = True) -> None:
+        """Hand out the sites. Raises what a site raises that cannot open the plan."""
+        names, shared = list(data), all(isinstance(source, Table | Dealt) for source in data.values())
+        parts: list[Data] = [
+            data if shared else {site: data[site] for site in names[place :: 1 + len(self._children)]}
+            for place in range(1 + len(self._children))
+        ]
+        self._home = {} if shared else {site: place for place, part in enumerate(parts) for site in part}
+        self._engine = Engine(self._plan, opened(self._plan, parts[0], base), cohort=names, batch=batch)
+        self._rows = self._engine.rows()
+        for (_, pipe), part in zip(self._children, parts[1:], strict=True):
+            with suppress(BrokenPipeError):  # what ended it is told below
+                pipe.send((dict(part), names, base, batch))
+        for place in range(1, len(parts)):
+            self._rows |= self._received(place).meta["rows"]
 
     def rows(self) -> dict[str, int]:
         """See :class:`atoll.runtime.simulation.Answers`."""
@@ -115,29 +119,34 @@ class Workers:
     def answers(self, asked: Round, number: int, sites: Sequence[str], sent: Mapping[str, Array]) -> dict[str, Answer]:
         """See :class:`atoll.runtime.simulation.Answers`."""
         self.lost, self.broken = {}, {}
-        shares = dealt_out(sites, self._rows, self._home, len(self._children))
-        lenient = asked.reduce == Gather(lenient=True)
-        about = {**described(asked), "number": number, "optional": asked.optional, "paced": asked.paced}
+        shares = dealt_out(sites, self._rows, self._home, 1 + len(self._children))
         for place, own in shares.items():
-            told = {f"{i}/{n}": v for i, site in enumerate(own) for n, v in asked.send_to.get(site, {}).items()}
-            meta = {**about, "sites": own, "lenient": lenient}
-            arrays = {**{f"/{name}": value for name, value in sent.items()}, **told}
-            self._children[place][1].send_bytes(encode_bytes(Message("round", meta, arrays)))
+            if place:
+                self._children[place - 1][1].send_bytes(_question(asked, number, own, sent))
         found: dict[str, Answer] = {}
         failures: list[AtollError] = []
-        for place in shares:  # all are heard, so that none is left with an answer that nobody takes
+        for place, own in sorted(shares.items()):  # all are heard, so that none has an answer left that nobody takes
             try:
-                reply = self._received(place)
+                found |= self._there(place, asked) if place else self._here(asked, number, own, sent)
             except AtollError as error:
                 failures.append(error)
-                continue
-            found |= _unpacked(reply, asked.reply)
-            self._home |= dict.fromkeys(reply.meta["kept"], place)
-            self.lost |= {site: _error(told) for site, told in reply.meta["lost"].items()}
-            self.broken |= {site: _error(told) for site, told in reply.meta["broken"].items()}
         if failures:
             raise failures[0]
         return {site: found[site] for site in sites if site in found}
+
+    def _here(self, asked: Round, number: int, own: list[str], sent: Mapping[str, Array]) -> dict[str, Answer]:
+        found = self._engine.answers(asked, number, own, sent)
+        self._home |= dict.fromkeys(self._engine.keeping(own), 0)
+        self.lost |= self._engine.lost
+        self.broken |= self._engine.broken
+        return found
+
+    def _there(self, place: int, asked: Round) -> dict[str, Answer]:
+        reply = self._received(place)
+        self._home |= dict.fromkeys(reply.meta["kept"], place)
+        self.lost |= {site: _error(told) for site, told in reply.meta["lost"].items()}
+        self.broken |= {site: _error(told) for site, told in reply.meta["broken"].items()}
+        return _unpacked(reply, asked.reply)
 
     def total(
         self, asked: Round, number: int, sites: Sequence[str], counted: Collection[str], sent: Mapping[str, Array]
@@ -157,7 +166,7 @@ class Workers:
         self._children = []
 
     def _received(self, place: int) -> Message:
-        process, pipe = self._children[place]
+        process, pipe = self._children[place - 1]
         try:
             reply = decode(pipe.recv_bytes())
         except (EOFError, OSError):
@@ -188,12 +197,12 @@ def dealt_out(
 def _work(pipe: Connection) -> None:
     """A worker process: answers rounds until its pipe is closed."""
     load_installed()
-    settle()
-    _one_thread()
     try:
-        plan_json, data, cohort, base, batch = pipe.recv()
-        plan = Plan.from_json(plan_json)
+        plan = Plan.from_json(pipe.recv())
         allow(asked_in(plan.params))
+        check_plan(plan)  # which imports what its model needs
+        settle()
+        data, cohort, base, batch = pipe.recv()
         engine = Engine(plan, opened(plan, data, base), cohort=cohort, batch=batch)
         pipe.send_bytes(encode_bytes(Message("rows", {"rows": engine.rows()})))
         while True:
@@ -213,10 +222,11 @@ def _work(pipe: Connection) -> None:
         pass  # the simulation is over
 
 
-def _one_thread() -> None:
-    """Processes share the machine's cores."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+def _question(asked: Round, number: int, own: list[str], sent: Mapping[str, Array]) -> bytes:
+    about = {**described(asked), "number": number, "optional": asked.optional, "paced": asked.paced}
+    told = {f"{i}/{n}": v for i, site in enumerate(own) for n, v in asked.send_to.get(site, {}).items()}
+    meta = {**about, "sites": own, "lenient": asked.reduce == Gather(lenient=True)}
+    return encode_bytes(Message("round", meta, {**{f"/{name}": value for name, value in sent.items()}, **told}))
 
 
 def _round(message: Message) -> tuple[Round, int, list[str], dict[str, Array]]:
