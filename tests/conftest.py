@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from atoll.contract.disclosure import Rule, judged
 from atoll.contract.fields import as_arrays
@@ -57,8 +57,10 @@ from atoll.transport.base import Endpoint, Progress
 from atoll.transport.local import LocalTransport
 
 load_installed()
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("search", derandomize=False, deadline=None, max_examples=500)
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+"""The machine may be busy; and fixtures that tests share between examples are built anew by them, or only read."""
+settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=UNCHECKED)
+settings.register_profile("search", derandomize=False, deadline=None, max_examples=500, suppress_health_check=UNCHECKED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

@@ -162,7 +162,9 @@ def test_heart_is_the_same_with_a_process_per_party(
     assert {key for key in result if result[key] != local[key]} == {"run", "transport", "seconds"}
     numbers = "model/model.safetensors"
     assert (tmp_path / numbers).read_bytes() == (local_out / numbers).read_bytes()
-    assert "intact" in atoll("ledger", "verify", *sorted((tmp_path / "ledger").iterdir())).stdout
+    shown = json.loads(atoll("ledger", "verify", "--json", *sorted((tmp_path / "ledger").iterdir())).stdout)
+    assert shown["intact"] is True and not any(ledger["unacknowledged"] for ledger in shown["ledgers"])
+    assert all('"closed"' in path.read_text().splitlines()[-1] for path in (tmp_path / "ledger").iterdir())
 
 
 # ---------------------------------------------------------------- a small study to be broken in many ways

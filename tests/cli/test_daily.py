@@ -6,6 +6,8 @@ import contextlib
 import datetime as dt
 import hashlib
 import json
+import os
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -217,11 +219,27 @@ def test_one_late_region_does_not_move_the_day(job: Job) -> None:
     assert day(60) in told and "late: west" in told
 
 
-def test_two_at_once(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atoll.runtime.daily.LOCK_S", 0.2)
+def test_two_at_once(job: Job) -> None:
     with locked(job.out):
         error = job.fails()
     assert error.code == "daily.busy" and error.remedy
+
+
+def test_the_processes_of_a_call_that_was_killed_are_waited_for(tmp_path: Path) -> None:
+    with locked(tmp_path) as held:
+        left = os.dup(held)  # as a process of a party has it, which outlives the call
+    entered = threading.Event()
+
+    def call() -> None:
+        with locked(tmp_path):
+            entered.set()
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    assert not entered.wait(0.3)
+    os.close(left)
+    calling.join(60)
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize(
@@ -277,3 +295,20 @@ def test_a_model_is_installed_and_named_by_a_plan(job: Job, tmp_path: Path, monk
     inline.call()
     results = [json.loads((one.out / day(60) / "result.json").read_text())["output"] for one in (job, inline)]
     assert results[0]["epidemic"]["joint"] == results[1]["epidemic"]["joint"]
+
+
+def test_a_region_whose_table_has_no_rows_is_absent(job: Job) -> None:
+    table = job.folder / "west.csv"
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    told = job.call(code=PARTIAL)
+    assert "absent: west (the table has no rows" in told and "check the site's source" in told
+
+
+def test_a_site_without_a_column_is_named_with_the_remedy(job: Job) -> None:
+    recipe = {"version": "1", "clean": [{"step": "numbers", "columns": ["population"]}]}
+    job.plan.write_text(yaml.safe_dump({**PLAN, "recipe": recipe}, sort_keys=False))
+    table = job.folder / "north.csv"
+    table.write_text(table.read_text().replace("population", "residents", 1))
+    error = job.fails()
+    assert (error.code, error.field, error.where["site"]) == ("recipe.no-column", "population", "north")
+    assert "rename" in error.remedy

@@ -121,6 +121,15 @@ def test_text_says_where_what_and_what_to_do() -> None:
     assert str(SchemaError("c", "column age is odd", field="age")) == "column age is odd"
 
 
+def test_the_trace_is_told_once_however_deep_problems_are_listed() -> None:
+    parts: list[AtollError] = [SchemaError("c", f"problem {i}").at(site=f"s{i}", trace="abc") for i in range(2)]
+    with pytest.raises(SchemaError) as below:
+        refuse_all(SchemaError, "plan.refused", parts)
+    told = str(below.value.at(site="north", trace="abc"))
+    assert told.count("[trace abc]") == 1 and told.endswith(" [trace abc]")
+    assert told.startswith("site north: 2 problems:") and "site s0: problem 0" in told
+
+
 def test_the_innermost_place_wins() -> None:
     error = ProtocolError("c", "m").at(site="north").at(site="coordinator", round=0)
     assert error.where == {"site": "north", "round": 0}

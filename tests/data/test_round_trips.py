@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import SchemaError
@@ -61,7 +61,7 @@ def _expected(cells: list[dict[str, Any]]) -> Table:
     return Table(schema_of(KINDS), columns)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(st.lists(CELLS, min_size=1, max_size=12))
 @example([{"r": -0.0, "i": 2**53, "t": "a,b", "d": None}, {"r": 5e-324, "i": 0, "t": '"', "d": dt.date(2024, 2, 29)}])
 @example([{"r": 0.1 + 0.2, "i": -1, "t": "#", "d": None}, {"r": 1.7e308, "i": None, "t": "'x'", "d": None}])

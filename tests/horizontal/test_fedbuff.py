@@ -490,7 +490,7 @@ def test_sites_that_are_not_there_are_waited_for_as_long_as_the_plan_says(federa
     returning(federation)
     for site in ("s3", "s4"):
         paced.gone[site, "begin", 0] = 9
-    federation.submit(plan_of(federation, study, buffer=4, run={"deadline_s": 1}))
+    federation.submit(plan_of(federation, study, buffer=4, run={"deadline_s": 2.5}))
     with pytest.raises(Exception, match="none of the sites"):
         paced.drive(federation)
     assert federation.store.run(federation.run_id)["status"] == "failed"

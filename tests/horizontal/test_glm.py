@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import statsmodels.api as sm
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression, PoissonRegressor, Ridge
 
@@ -89,7 +89,7 @@ def assert_equals_statsmodels(found: list[dict[str, Any]], wanted: Any, rel: flo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), shifts=st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_equals_statsmodels(federation: Any, drive: Any, family: str, seed: int, shifts: list[float]) -> None:
     tables = sites(federation, family, seed, [(120 + 10 * i, shift) for i, shift in enumerate(shifts)])

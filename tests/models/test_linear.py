@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError, SchemaError
@@ -107,7 +107,7 @@ def test_the_design_lies_within_one_of_zero() -> None:
     assert model.design(corners).tolist() == [[1, -1, -1, -1], [1, 1, 1, 1], [1, 0, 0, 0]]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=4, max_size=4), st.integers(0, 1000))
 def test_coefficients_are_in_the_columns_own_units(weights: list[float], seed: int) -> None:
     model = model_of("linear").with_weights(np.array(weights))

@@ -156,6 +156,28 @@ def test_the_gradient_is_the_losss_derivative(task: str) -> None:
     assert unclipped[2] / len(batch) == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("task", TARGETS)
+@pytest.mark.parametrize("name", ["cnn", *NETWORKS])
+def test_plain_steps_are_those_along_the_gradient(name: str, task: str) -> None:
+    """To the last bit, and whatever was done with the network before and after."""
+    table = table_of(task)
+    model = cnn(table) if name == "cnn" else network(name, table)
+    start, rows = model.initial(3).astype(model.dtype), np.random.default_rng(1).permutation(len(table)).reshape(8, -1)
+    batches = [model.examples(table).take(own) for own in rows]
+    wanted, rate, losses = start.copy(), np.float32(0.001), []
+    for batch in batches:
+        loss, gradient = model.loss_and_gradient(wanted, batch)
+        wanted -= rate * gradient
+        losses.append(loss)
+    for _ in range(2):
+        found, told = model.descended(start, iter(batches), 0.001)
+        assert found.tobytes() == wanted.tobytes() != start.tobytes()
+        assert told == losses
+        assert model.loss_and_gradient(start, batches[0])[0] == losses[0]
+        model.clipped_gradient_sum(start, batches[0], 1.0)
+    assert model.descended(start, [], 0.001)[0].tobytes() == start.tobytes()
+
+
 def test_long_batches_are_taken_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     table = table_of()
     model = cnn(table)

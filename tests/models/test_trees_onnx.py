@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from atoll.cli.main import app
+from atoll.contract.errors import PlanError
 from atoll.contract.schema import Column, TableSchema
 from atoll.data.table import Table
 from atoll.models import stored
@@ -109,6 +110,25 @@ def test_every_row_is_predicted_alike(link: str, unknown: float, tmp_path: Path)
     assert found.dtype == np.float64 and found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
     assert len(np.unique(wanted.round(9), axis=0)) > 5
+
+
+def test_an_exposure_is_a_second_input(tmp_path: Path) -> None:
+    model = drawn("exp")
+    spec = {**model.spec(), "exposure": "b"}
+    exposed = Trees.of(TreesSpec.model_validate(spec), SCHEMA).with_weights(model.weights)
+    assert exposed.spec() == spec and "exposure" not in model.spec()
+    found = rows(model, 100)
+    years = np.linspace(0.1, 9, 100)
+    table = Table(SCHEMA, {**found.columns, "b": years})
+    to_onnx(exposed, SCHEMA, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    told = session.run(["prediction"], {"features": fed(table, unknown=np.nan), "exposure": years})[0]
+    np.testing.assert_allclose(told, exposed.predict(table), rtol=1e-12)
+    np.testing.assert_allclose(told, model.predict(table) * years, rtol=1e-12)
+    for wrong in ({"link": "identity"}, {"exposure": "size"}, {"exposure": "cases"}):
+        with pytest.raises(PlanError) as caught:
+            Trees.of(TreesSpec.model_validate({**spec, **wrong}), SCHEMA)
+        assert caught.value.code == "plan.bad-column"
 
 
 def test_one_row_and_none(tmp_path: Path) -> None:

@@ -149,3 +149,97 @@ def test_ages_are_of_steps_that_the_plan_has(federation: Any) -> None:
     plan = plan_of(federation, "horizontal.fedbuff", {"buffer": 3}, protection="secagg")
     with pytest.raises(AtollError, match=r"task\.array"):
         federation.run(plan, tables(federation), dict.fromkeys(SITES, POLICY), wrap=wrap)
+
+
+REMEMBERED = [
+    ("horizontal.scaffold", {}),
+    ("horizontal.feddyn", {}),
+    ("horizontal.online", {"time": "v", "start": 0, "every": 5}),
+    ("horizontal.fedavg", {"compress": {"bits": 8}}),
+    ("horizontal.gossip", {}),
+    ("horizontal.finetune", {}),
+]
+
+
+@pytest.mark.parametrize(("program", "params"), REMEMBERED)
+def test_against_an_active_coordinator_no_sum_is_of_what_sites_remember(
+    federation: Any, program: str, params: dict[str, Any]
+) -> None:
+    """Rounds that it begins among all but one site, and never ends, move what the others keep."""
+    run = {**RUN, "evaluate": True, "holdout": 0.2}
+    check_plan(plan_of(federation, program, params, protection="secagg", run=run))
+    with pytest.raises(PlanError, match="what sites remember"):
+        check_plan(plan_of(federation, program, params, protection=ACTIVE, run=run))
+
+
+def test_a_hidden_share_is_not_cut_to_many_bounds(federation: Any, monkeypatch: Any) -> None:
+    """Σ min(x, b) over many bounds b, or Σ of x rounded to many steps, would tell every site's x."""
+    codes, real = list[str](), Driver.reduce
+
+    async def again(self: Any, asked: Any, number: int) -> Any:
+        await real(self, asked, number)
+        for name, other in (("rows", {"bound": 43}), ("s1", {"step": 64.0}), ("rows", {"bound": 44})):
+            changed = {**asked.reply, name: replace(asked.reply[name], **other)}
+            try:
+                await real(self, replace(asked, reply=changed), number + len(codes) + 1)
+                codes.append("")
+            except AtollError as error:
+                codes.append(error.code)
+        return await real(self, asked, number + 4)
+
+    monkeypatch.setattr(Driver, "reduce", again)
+    plan = plan_of(federation, "horizontal.fedavg", protection="secagg")
+    plan = plan.model_copy(update={"program": "statistics.describe", "params": {"columns": ["u"]}})
+    federation.run(plan, tables(federation), dict.fromkeys(SITES, POLICY))
+    assert codes == ["", "task.bounds", "task.bounds"]
+
+
+def test_bounds_that_follow_from_what_is_sent_are_not_made_narrower(federation: Any, monkeypatch: Any) -> None:
+    real = Driver.reduce
+
+    async def narrow(self: Any, asked: Any, number: int) -> Any:
+        if asked.name == "newton":
+            asked = replace(asked, reply={**asked.reply, "loss": replace(asked.reply["loss"], bound=1.0)})
+        return await real(self, asked, number)
+
+    monkeypatch.setattr(Driver, "reduce", narrow)
+    plan = plan_of(federation, "horizontal.fedavg", protection="secagg")
+    params = {name: LEARNER[name] for name in ("family", "features", "target")}
+    plan = plan.model_copy(update={"program": "horizontal.glm", "params": params})
+    with pytest.raises(AtollError, match=r"task\.bounds"):
+        federation.run(plan, tables(federation), dict.fromkeys(SITES, POLICY))
+
+
+def test_nor_in_one_run_after_another(federation: Any, monkeypatch: Any) -> None:
+    real, bounds = Driver.reduce, [43, 44, 43, 45]
+
+    async def within(self: Any, asked: Any, number: int) -> Any:
+        rows = replace(asked.reply["rows"], bound=bounds[0])
+        return await real(self, replace(asked, reply={**asked.reply, "rows": rows}), number)
+
+    monkeypatch.setattr(Driver, "reduce", within)
+    plan = plan_of(federation, "horizontal.fedavg", protection="secagg")
+    plan = plan.model_copy(update={"program": "statistics.describe", "params": {"columns": ["u"]}})
+    federation.build(tables(federation), dict.fromkeys(SITES, POLICY))
+    while len(bounds) > 1:
+        federation.drive(federation.submit(plan))
+        del bounds[0]
+    with pytest.raises(AtollError, match=r"task\.bounds"):
+        federation.drive(federation.submit(plan))
+
+
+def test_ranks_are_of_the_histogram_that_all_sites_were_asked_for(federation: Any, monkeypatch: Any) -> None:
+    """Else all but one could be asked for one in which their rows are in one bin, and rank alike."""
+    real = Driver.reduce
+
+    async def another(self: Any, asked: Any, number: int) -> Any:
+        if asked.name == "rank_products":
+            asked = replace(asked, send={**asked.send, "edges": np.zeros_like(asked.send["edges"])})
+        return await real(self, asked, number)
+
+    monkeypatch.setattr(Driver, "reduce", another)
+    plan = plan_of(federation, "horizontal.fedavg", protection="secagg")
+    params = {"columns": ["u", "v"], "method": "spearman"}
+    plan = plan.model_copy(update={"program": "statistics.correlation", "params": params})
+    with pytest.raises(AtollError, match=r"task\.array"):
+        federation.run(plan, tables(federation), dict.fromkeys(SITES, POLICY))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -25,13 +24,14 @@ import numpy as np
 import pytest
 import yaml
 from tests import forked
+from tests.free_ports import free_ports
 
 from atoll.runtime.home import CoordinatorHome, SiteHome
 from atoll.runtime.store import RunStore
 
 SITES = ("alpha", "beta", "gamma")
 FEATURES = ("age", "dose", "score", "weight")
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0
 """For a condition that must come true; long, because the machine may be busy with other things."""
 
 SCHEMA: dict[str, Any] = {
@@ -73,15 +73,6 @@ def until(ready: Callable[[], Any], what: str, patience_s: float = PATIENCE_S) -
             pytest.fail(f"{what} did not happen within {patience_s:g} s")
         time.sleep(0.02)
     return found
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def table(site: str, rows: int = 2000) -> str:

@@ -58,7 +58,7 @@ def test_a_short_run_ends_while_a_long_one_goes_on(federation: Any) -> None:
         party.start()
     federation.await_connected()
     try:
-        heavy = {"rounds": 300, "local_epochs": 20, "batch_size": 16}
+        heavy = {"rounds": 100_000, "local_epochs": 20, "batch_size": 16}
         long = [federation.submit(f"long-{i}", params=heavy, run={"seed": i}) for i in range(2)]
         for run in long:
             federation.await_rounds(run, 3)
@@ -66,7 +66,6 @@ def test_a_short_run_ends_while_a_long_one_goes_on(federation: Any) -> None:
         federation.await_status(short, "finished")
         for run in long:
             assert federation.row(run)["status"] == "running"
-            assert federation.rounds(run) < 250, "of 302"
             federation.as_coordinator("cancel", run)
     finally:
         for site in ("alpha", "beta", "gamma"):

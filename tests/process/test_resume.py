@@ -84,7 +84,7 @@ def test_killed_coordinator_of_gossip(federation: Any) -> None:
     """It has no model: what it kept is who is there, which round is next, and sealed mail that waits."""
     params = {"rounds": 40, "topology": "ring", "report_every": 10, "checkpoint_every": 6}
     told = []
-    for name, kills in (("calm", ()), ("gossip", (9, 25, 38))):
+    for name, kills in (("calm", ()), ("gossip", (9, 20, 30))):
         run = federation.submit(name, program="horizontal.gossip", params=params)
         for number in kills:
             federation.await_rounds(run, number)
@@ -129,7 +129,7 @@ def test_all_killed_at_once(federation: Any, uninterrupted: Any) -> None:
 def test_somebody_dies_every_few_rounds(federation: Any, uninterrupted: Any) -> None:
     run = federation.submit()
     generator = np.random.default_rng(3)
-    for number in range(15, 285, 18):
+    for number in range(15, 250, 16):
         federation.await_rounds(run, number + int(generator.integers(0, 10)))
         name = str(generator.choice(["coordinator", "alpha", "beta", "gamma"]))
         federation.parties[name].kill()
@@ -139,7 +139,7 @@ def test_somebody_dies_every_few_rounds(federation: Any, uninterrupted: Any) -> 
 
 @pytest.mark.slow
 def test_survivors_go_on(federation: Any, wait_until: Any) -> None:
-    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 3})
+    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 8})
     federation.await_rounds(run, 30)
     federation.sites["gamma"].kill()
     wait_until(lambda: "gamma" in federation.row(run)["note"], "the dropout in the run's note")
@@ -171,7 +171,7 @@ def test_survivors_go_on(federation: Any, wait_until: Any) -> None:
 
 @pytest.mark.slow
 def test_too_few_are_left(federation: Any, wait_until: Any) -> None:
-    run = federation.submit(cohort={"min_sites": 3, "on_dropout": "continue"}, run={"deadline_s": 3})
+    run = federation.submit(cohort={"min_sites": 3, "on_dropout": "continue"}, run={"deadline_s": 8})
     federation.await_rounds(run, 30)
     federation.sites["gamma"].kill()
     federation.await_status(run, "failed")
@@ -189,13 +189,13 @@ def test_too_few_are_left(federation: Any, wait_until: Any) -> None:
 
 @pytest.mark.slow
 def test_site_that_was_away_hears_the_end(federation: Any, wait_until: Any) -> None:
-    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 2})
-    federation.await_rounds(run, 270)
+    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 8})
+    federation.await_rounds(run, 30)
     federation.sites["gamma"].kill()
     federation.await_status(run, "finished")
     assert federation.site_row("gamma", run)[0] == "running"
     federation.sites["gamma"].start()
-    wait_until(lambda: federation.site_row("gamma", run)[0] == "finished", "gamma hears how the run ended", 20)
+    wait_until(lambda: federation.site_row("gamma", run)[0] == "finished", "gamma hears how the run ended")
     ledgers = federation.ledgers()
     leaves = [leaf for e in ledgers["coordinator"] if e["kind"] == "received" for leaf in e["leaves"]]
     acknowledged = {leaf["seq"] for leaf in leaves if leaf["site"] == "gamma"}
@@ -205,7 +205,7 @@ def test_site_that_was_away_hears_the_end(federation: Any, wait_until: Any) -> N
 
 @pytest.mark.slow
 def test_coordinator_killed_while_it_tells_the_end(federation: Any, wait_until: Any) -> None:
-    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 5})
+    run = federation.submit(cohort={"min_sites": 2, "on_dropout": "continue"}, run={"deadline_s": 8})
     federation.await_rounds(run, 30)
     federation.sites["gamma"].signal(signal.SIGSTOP)  # connected, and silent: the end takes long to tell
     try:

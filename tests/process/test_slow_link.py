@@ -22,7 +22,7 @@ PIECE = 200
 ROUNDS = 25
 
 
-def _pass(source: socket.socket, target: socket.socket) -> None:
+def _pass(source: socket.socket, target: socket.socket, passed: list[int]) -> None:
     """What comes, at RATE."""
     free = time.monotonic()
     with contextlib.suppress(OSError):
@@ -30,14 +30,15 @@ def _pass(source: socket.socket, target: socket.socket) -> None:
             free = max(free, time.monotonic()) + len(data) / RATE
             time.sleep(max(0.0, free - time.monotonic()))
             target.sendall(data)
+            passed.append(len(data))
     for end in (source, target):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
-def throttled(port: int) -> Iterator[int]:
-    """A port of loopback that leads to *port*, at RATE in each direction."""
+def throttled(port: int, passed: list[int]) -> Iterator[int]:
+    """A port of loopback that leads to *port*, at RATE in each direction. passed: the sizes of what went through."""
     listening = socket.create_server(("127.0.0.1", 0))
     open_: list[socket.socket] = [listening]
 
@@ -48,7 +49,7 @@ def throttled(port: int) -> Iterator[int]:
                 there = socket.create_connection(("127.0.0.1", port))
                 open_.extend((here, there))
                 for ends in ((here, there), (there, here)):
-                    threading.Thread(target=_pass, args=ends, daemon=True).start()
+                    threading.Thread(target=_pass, args=(*ends, passed), daemon=True).start()
 
     threading.Thread(target=serve, daemon=True).start()
     try:
@@ -59,11 +60,12 @@ def throttled(port: int) -> Iterator[int]:
 
 
 def test_a_forecast_tells_the_time_and_the_traffic_of_a_real_run_over_a_slow_link(federation: Any) -> None:
-    """Traffic within 2 %; time no shorter than the link allows, and within a factor of three on a busy machine."""
+    """Traffic within 2 %; time no longer than it took, and no shorter than the link needs for what went over it."""
     gamma = federation.sites["gamma"]
     place: Path = gamma.home / "site.yaml"
     before = place.read_text()
-    with throttled(federation.ports[0]) as port:
+    passed: list[int] = []
+    with throttled(federation.ports[0], passed) as port:
         place.write_text(yaml.safe_dump({**yaml.safe_load(before), "address": f"127.0.0.1:{port}"}))
         try:
             gamma.stop()
@@ -87,4 +89,5 @@ def test_a_forecast_tells_the_time_and_the_traffic_of_a_real_run_over_a_slow_lin
         assert told["traffic"][way] == pytest.approx(measured["wire"][way], rel=0.02)
     assert told["waiting"][0]["site"] == "gamma" and told["waiting"][0]["last_in_rounds"] >= ROUNDS
     assert told["rounds"] == measured["rounds"] == ROUNDS
-    assert 0.9 < measured["seconds"] / told["seconds"] < 3.0, (measured["seconds"], told["seconds"])
+    assert told["seconds"] < measured["seconds"] / 0.9
+    assert 0.6 < told["seconds"] / (sum(passed) / RATE) < 1.1, "in which the handshake is, and what frames the messages"

@@ -145,6 +145,22 @@ def test_the_outcome_compares_honestly(model_study: Any) -> None:
     assert outcome(result, details).endswith("a model trained on all records in one place reaches 0.891.")
 
 
+def test_a_site_is_not_said_to_lack_the_model_that_is_shown(model_study: Any, closed_world: Any) -> None:
+    result, details = copy.deepcopy(model_study)
+    words = "A model of university alone could not be made"
+    assert words in "".join(closed_world(page(result, details)).text)
+    per_site = result["metrics"]["per_site"]
+    per_site["university"]["local"] = per_site["north"]["local"]
+    assert words not in "".join(closed_world(page(result, details)).text)
+
+
+def test_the_rows_of_a_site_that_has_only_a_model_of_its_own_are_told(model_study: Any, closed_world: Any) -> None:
+    result, details = copy.deepcopy(model_study)
+    found = result["metrics"]["per_site"]["university"]
+    found |= {"personal": {**found["federated"], "rows": 4711.0}, "federated": {}}
+    assert "4,711" in "".join(closed_world(page(result, details)).text)
+
+
 def test_personal_models_stand_beside_the_others(model_study: Any, closed_world: Any) -> None:
     result, details = copy.deepcopy(model_study)
     plain = page(result, details)

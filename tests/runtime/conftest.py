@@ -6,7 +6,6 @@ import os
 import pwd
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from tests.free_ports import free_ports
 
 from atoll.runtime.store import RunStore
 
@@ -42,12 +42,6 @@ class Postgres:
         return name
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server in a temporary folder; skips where it is not installed."""
@@ -58,7 +52,7 @@ def postgres() -> Iterator[Postgres]:
     password = secrets.token_hex(16)
     (folder / "password").write_text(password)
     settings = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "cwd": folder}
-    settings |= {"env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, "text": True, "check": True, "timeout": 120}
+    settings |= {"env": {"PATH": os.environ["PATH"], "LC_ALL": "C"}, "text": True, "check": True, "timeout": 600}
     if os.geteuid() == 0:  # initdb and postgres refuse to run as root
         try:
             owner = pwd.getpwnam("postgres")
@@ -71,9 +65,9 @@ def postgres() -> Iterator[Postgres]:
     command = ["initdb", "-D", "data", "-U", "atoll", "--auth=scram-sha-256", "--pwfile=password"]
     try:
         subprocess.run([*command, "--no-sync", "--no-locale", "-E", "UTF8"], **settings)
-        port = _free_port()
+        (port,) = free_ports(1)
         options = f"-F -h 127.0.0.1 -p {port} -k {folder}"
-        subprocess.run(["pg_ctl", "-D", "data", "-w", "-l", "log", "-o", options, "start"], **settings)
+        subprocess.run(["pg_ctl", "-D", "data", "-w", "-t", "300", "-l", "log", "-o", options, "start"], **settings)
         try:
             yield Postgres(folder, port, password)
         finally:

@@ -32,7 +32,7 @@ CALLS: list[tuple[str, str, int]] = []
 HELD = threading.Event()
 """Set to let hanging handlers go on."""
 COLUMNS = {"x": {"range": [0, 1000]}}
-PATIENCE = {"deadline_s": 5}
+PATIENCE = {"deadline_s": 60}
 
 
 class Died(BaseException):
@@ -194,11 +194,11 @@ class Trouble:
             if self.params.how == "memory":
                 raise MemoryError
             if self.params.how == "hang":
-                HELD.wait(20)
+                HELD.wait(120)
             if self.params.how == "slow":
-                for i in range(8):
+                for i in range(15):
                     time.sleep(0.2)
-                    site.progress(i, 8)
+                    site.progress(i, 15)
         return {"n": len(site.table)}
 
 
@@ -279,7 +279,7 @@ def in_turns() -> Callable[[str, Endpoint], Endpoint]:
                         again[site].set()
             reply = endpoint(message, progress)
             if message.kind == "task":
-                again[name].wait(2)
+                again[name].wait(60)
             return reply
 
         return answer
@@ -348,7 +348,7 @@ def test_a_stream_goes_on_without_sites_that_drop_out(federation: Any) -> None:
 
 def trouble(federation: Any, how: str, rule: str, sites: tuple[str, ...] = ("s1",), **cohort: Any) -> Any:
     params = {"sites": sites, "how": how}
-    settings = {"deadline_s": 1.0} if how in ("hang", "slow") else PATIENCE
+    settings = {"deadline_s": 2.5} if how in ("hang", "slow") else PATIENCE
     return plan_of(federation, "trouble", params, cohort={"min_sites": 2, "on_dropout": rule, **cohort}, run=settings)
 
 
@@ -387,7 +387,7 @@ def test_too_few_survivors_end_the_run(federation: Any) -> None:
 
 
 def test_a_slow_site_that_says_it_goes_on_is_waited_for(federation: Any) -> None:
-    """1.6 seconds of work under a deadline of one second without progress."""
+    """3 seconds of work under a deadline of 2.5 seconds without progress."""
     outcome = federation.run(trouble(federation, "slow", "fail"), tables_of(federation))
     assert [n for _, n in outcome["result"]["took"]] == [60, 60, 60]
 
@@ -403,7 +403,7 @@ def test_a_hanging_site_that_is_let_go_after_the_end_releases_nothing(federation
 def _settled(federation: Any, status: str, unfinished_round: int | None = None) -> None:
     """Every party says how the run ended, and no release is without its receipt, but for those of the
     round that failed: what the coordinator never reduced, it does not acknowledge."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and any(
         journal.status(federation.run_id) == "running" for journal in federation.journals.values()
     ):

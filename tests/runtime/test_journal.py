@@ -311,6 +311,16 @@ def test_a_locked_journal_says_so(journal: Journal) -> None:
     store(journal)
 
 
+def test_a_log_that_cannot_be_emptied_leaves_the_patience_for_others_as_it_was(journal: Journal) -> None:
+    journal.open_run(RUN, "running", {})
+    journal.record("note", {})
+    reading = journal._db.execute("SELECT * FROM ledger")  # in the same connection, which forbids it
+    reading.fetchone()
+    journal.end_run(RUN, "finished", None, "")
+    reading.close()
+    assert journal._db.execute("PRAGMA busy_timeout").fetchone() == (30_000,)
+
+
 # ---------------------------------------------------------------- receipts
 
 

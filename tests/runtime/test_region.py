@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Cells
@@ -359,7 +359,7 @@ PROTECTIONS = st.sampled_from(["plain", "secagg"])
 SHAPES = st.recursive(st.none(), lambda part: st.lists(part, min_size=2, max_size=3), max_leaves=6).filter(bool)
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8)
 @given(SHAPES, st.data())
 def test_sums_over_any_tree_are_those_over_its_sites(
     federation: Any, tmp_path_factory: Any, shape: Any, data: Any

@@ -235,7 +235,7 @@ def test_a_site_that_is_late_is_left_out_of_that_round_only(federation: Any, pro
             gone_on.set()
 
     federation.build(tables_of(federation), wrap=wrap, threads=12)
-    federation.submit(plan_of(federation, {"within_s": 0.4}, protection, params={"rounds": 20}))
+    federation.submit(plan_of(federation, {"within_s": 1.5}, protection, params={"rounds": 20}))
     outcome = federation.drive(on_event=listen)
     seen = sums(federation)
     assert seen[0] == seen[1] == ["s0", "s1", "s2"]
@@ -263,7 +263,7 @@ def slow(seconds: float) -> Callable[[str, Endpoint], Endpoint]:
 
 @pytest.mark.parametrize("protection", ["plain", "secagg"])
 def test_a_slow_site_is_asked_for_fewer_steps(federation: Any, protection: str) -> None:
-    federation.build(tables_of(federation), wrap=slow(0.5), threads=8)
+    federation.build(tables_of(federation), wrap=slow(1.0), threads=8)
     federation.submit(plan_of(federation, {"effort_min": 0.2}, protection, params={"rounds": 4}))
     federation.drive()
     efforts = [float(message.arrays["effort"]) for message in tasks(federation, "s3")]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import f_oneway
 
@@ -47,7 +47,7 @@ def pooled(tables: dict[str, Any], column: str) -> list[np.ndarray]:
     return [part for part in parts if len(part)]
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 12, 60, 150]), min_size=1, max_size=4).filter(lambda s: sum(s) > 30),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
@@ -18,7 +18,7 @@ from .correlated import NAN, NUMBERS, VARYING, correlation, matrix, pooled, site
 # ---------------------------------------------------------------- equal to the pooled answer
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.integers(0, 80), min_size=1, max_size=5),
@@ -42,7 +42,7 @@ def test_pearson_equals_the_pooled_answer(
         np.testing.assert_allclose(found["std"], std, rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.integers(5, 200), min_size=1, max_size=4),

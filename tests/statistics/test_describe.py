@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import AtollError, DisclosureError, PlanError
@@ -60,7 +60,7 @@ def describe(federation: Any, drive: Any, tables: dict[str, Any], **params: Any)
     return driven.result
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
@@ -121,7 +121,7 @@ def bounds_of(federation: Any, drive: Any, values: Any, **params: Any) -> dict[s
     return describe(federation, drive, {"a": table}, **params)["columns"]["x"]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     values=st.lists(st.integers(0, 400).map(lambda v: v / 4 + 0.01 if v < 400 else 100.0), min_size=1, max_size=60),
     tail=st.integers(1, 8),

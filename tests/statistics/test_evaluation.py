@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 from sklearn import metrics as sk
@@ -25,7 +25,7 @@ from .evaluated import BINARY, COUNT, NAN, REAL, X, binary_sites, evaluate, mode
 SITES = st.lists(st.integers(0, 80), min_size=2, max_size=4).filter(lambda sizes: sum(sizes[1:]) > 0)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), SITES, st.booleans(), st.sampled_from([10, 64, 1024]), st.floats(-8, 8))
 def test_binary_metrics_equal_scikit_learn(
     federation: Any, drive: Any, seed: int, sizes: list[int], ties: bool, bins: int, slope: float
@@ -134,7 +134,7 @@ def test_sites_are_not_asked_for_their_own_metrics_unless_wanted(federation: Any
 
 
 @pytest.mark.parametrize("family", ["linear", "poisson"])
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), sizes=SITES)
 def test_regression_metrics_equal_scikit_learn(
     federation: Any, drive: Any, family: str, seed: int, sizes: list[int]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.program import Cohort, build, handler_of
@@ -56,7 +56,7 @@ def test_under_noise_one_histogram_gives_every_metric(federation: Any, drive: An
         assert abs(found["pooled"][name] - exact[name]) <= distance, name
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.sampled_from([0.0, 3.0, 1000.0]), st.sampled_from(["logistic", "linear"]))
 def test_no_noise_breaks_it(federation: Any, drive: Any, seed: int, scale: float, family: str) -> None:
     random = np.random.default_rng(seed)

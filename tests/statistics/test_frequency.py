@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -61,7 +61,7 @@ def pooled_bins(tables: dict[str, Any], name: str, edges: Any, smallest: int = 1
     return pd.cut(values, edges, include_lowest=True).value_counts().tolist()
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 6, 50, 300]), min_size=1, max_size=4),

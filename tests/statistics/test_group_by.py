@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -59,7 +59,7 @@ def shown(found: dict[str, Any], what: str, column: str = "x") -> dict[Any, Any]
     return {tuple(g["key"]): g["count"] if what == "rows" else g["columns"][column][what] for g in found["groups"]}
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.integers(0, 60), min_size=1, max_size=5),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -126,7 +126,7 @@ def test_a_site_with_few_complete_rows_is_refused(federation: Any) -> None:
     assert (caught.value.code, caught.value.field) == ("disclosure.small-group", "rows")
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32), rows=st.integers(5, 60), smallest=st.integers(2, 7))
 def test_histograms_show_no_small_group(federation: Any, drive: Any, seed: int, rows: int, smallest: int) -> None:
     """Nor do differences of the histograms of all refinements together."""
@@ -159,7 +159,8 @@ def test_made_up_counts_do_not_single_out_a_row(federation: Any, drive: Any) -> 
         counts = driven.rounds[-1].send["counts"].copy()
         counts[0, np.searchsorted(driven.rounds[0].send["edges"][0], 38.5)] = 1e9
         desk = _Desk(table)
-        asks = {"histogram": driven.rounds[0].send, "rank_products": {"counts": counts}}
+        edges = driven.rounds[0].send["edges"]
+        asks = {"histogram": {"edges": edges}, "rank_products": {"counts": counts, "edges": edges}}
         for name, send in asks.items():
             task = Task(TaskId("0" * 32, 0, 0, "reply", "a"), send, (0,))
             reply = type(made).handlers[name].answer(made, desk, task)
@@ -196,7 +197,7 @@ def test_columns_without_numbers_are_refused(federation: Any, column: str) -> No
         ("products", {"center": np.full(2, math.inf), "scale": np.ones(2)}),
         ("products", {"center": np.zeros(2), "scale": -np.ones(2)}),
         ("histogram", {"edges": np.zeros((2, 5))}),
-        ("rank_products", {"counts": np.ones((2, 2048))}),
+        ("rank_products", {"counts": np.ones((2, 2048)), "edges": np.ones((2, 2048))}),
     ],
 )
 def test_crafted_arrays_are_refused(federation: Any, name: str, send: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 
@@ -43,7 +43,7 @@ def pca(drive: Any, tables: dict[str, Any], smallest: int = 1, **params: Any) ->
     return drive(build("statistics.pca", {"columns": NAMES, **params}).coordinate(cohort), tables).result["pca"]
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 40, 150]), min_size=1, max_size=4).filter(lambda s: sum(s) > 39),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -70,7 +70,7 @@ def index_of(expected: Any, actual: Any, s: float = 0.5) -> float:
     return float(sum((b - a) * math.log(b / a) for a, b in zip(p, q, strict=True)))
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 20, 90, 400]), min_size=1, max_size=4),
@@ -97,7 +97,7 @@ def test_between_sites_equals_the_pooled_computation(
         assert column["above"] == {str(m): sum(v > m for v in wanted.values()) for m in (0.1, 0.25)}
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 20, 90, 400]), min_size=1, max_size=4),
@@ -136,7 +136,7 @@ def test_a_numeric_columns_bins_hold_about_equally_many(federation: Any, drive: 
 # ---------------------------------------------------------------- small groups
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), sizes=st.lists(st.integers(0, 120), min_size=1, max_size=3), periods=st.booleans())
 def test_small_cells_are_one_bin_and_their_people_are_not_lost(
     federation: Any, drive: Any, seed: int, sizes: list[int], periods: bool

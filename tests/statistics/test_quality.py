@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -83,7 +83,7 @@ def wanted(rows: pd.DataFrame, repeats: int, quartiles: Any, newest: str) -> dic
     }
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32), sizes=st.lists(st.sampled_from([0, 1, 40, 200]), min_size=0, max_size=3))
 def test_equals_pandas_on_pooled_rows_and_at_each_site(
     federation: Any, drive: Any, seed: int, sizes: list[int]
@@ -126,7 +126,7 @@ def test_a_site_in_another_unit_raises_a_flag(federation: Any, drive: Any, facto
     assert all(not result["sites"][name]["unit_flags"] for name in ("s0", "s1"))
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     rows=st.lists(
         st.tuples(st.sampled_from([0.0, -0.0, 1.5, math.nan]), st.sampled_from(["a", "b", None])), max_size=30

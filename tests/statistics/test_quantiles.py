@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -71,7 +71,7 @@ def pooled(tables: dict[str, Any], name: str) -> Any:
     return values[~np.isnan(values)]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 2, 7, 40, 150]), min_size=1, max_size=5),
@@ -109,7 +109,7 @@ def test_every_interval_holds_the_pooled_quantile(
             assert inside.sum() >= smallest
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32), smallest=st.sampled_from([1, 5]), sizes=st.lists(st.integers(0, 900), min_size=1))
 def test_cuts_have_exact_counts_that_every_site_has_told(
     federation: Any, drive: Any, seed: int, smallest: int, sizes: list[int]
@@ -161,7 +161,7 @@ def test_the_number_of_rounds_is_known_before(federation: Any, drive: Any) -> No
 # ---------------------------------------------------------------- small groups
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     n=st.integers(0, 60),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.duration.survfunc import SurvfuncRight, survdiff
 
@@ -80,7 +80,7 @@ def check(curve: dict[str, Any], rows: pd.DataFrame) -> None:
     assert curve["median"] == (wanted.surv_times[below[0]] if len(below) else None)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 8, 60, 300]), min_size=1, max_size=4),
@@ -120,7 +120,7 @@ def test_log_rank_equals_statsmodels(federation: Any, drive: Any, arms: list[str
     assert (result["curves"]["none"]["survival"] == 1).all()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     intervals=st.sampled_from([1, 3, 20, 400]),
@@ -175,7 +175,7 @@ def test_through_the_whole_federation(federation: Any) -> None:
 # ---------------------------------------------------------------- small groups
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(seed=st.integers(0, 2**32))
 def test_no_small_group_is_told(federation: Any, drive: Any, seed: int) -> None:
     tables = sites(federation, seed, [150, 90, 12])

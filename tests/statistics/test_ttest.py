@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp, ttest_ind, ttest_rel
 
@@ -55,7 +55,7 @@ def same(found: dict[str, Any], other: Any, confidence: float = 0.95) -> None:
     assert ends == pytest.approx([float(told.low), float(told.high)], rel=1e-9)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 30, 80]), min_size=1, max_size=4).filter(lambda s: sum(s) > 29),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
@@ -40,7 +40,7 @@ def vif(drive: Any, tables: dict[str, Any], columns: list[str], rule: Rule | Non
     return drive(made.coordinate(cohort), tables, rule=rule).result["vif"]
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 20, 90]), min_size=1, max_size=4).filter(lambda s: sum(s) > 19),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.disclosure import Rule
@@ -105,7 +105,7 @@ def check(rows: pd.DataFrame, name: str, found: dict[str, Any]) -> None:
     assert found["iv"] == pytest.approx(total, rel=1e-9, abs=1e-12)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32),
     sizes=st.lists(st.sampled_from([0, 1, 30, 200, 700]), min_size=1, max_size=4),

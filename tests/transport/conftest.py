@@ -27,7 +27,7 @@ from atoll.transport.grpc_site import GrpcSite
 from atoll.transport.local import LocalTransport
 from atoll.transport.ray import QUIET, RayTransport
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 Pair = tuple[bytes, bytes]
 
 
@@ -126,7 +126,9 @@ class Net:
 
         await until(ready, f"{sites} connect")
 
-    async def ask(self, site: str, name: str, arrays: Mapping[str, Any] | None = None, deadline_s: float = 20.0) -> Any:
+    async def ask(
+        self, site: str, name: str, arrays: Mapping[str, Any] | None = None, deadline_s: float = PATIENCE_S
+    ) -> Any:
         """One request; its reply as a message."""
         message = Message("task", {"id": name, "run": "r"}, dict(arrays or {}))
         incoming = await self.transport.request(site, message, deadline_s, anything)

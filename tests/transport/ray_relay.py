@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
@@ -35,6 +36,10 @@ class Relay:
             threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: Connection) -> None:
+        with suppress(OSError, EOFError):  # the actor has ended: nobody waits for an answer
+            self._exchange(connection)
+
+    def _exchange(self, connection: Connection) -> None:
         site, request, guard = connection.recv_bytes().decode(), decode(connection.recv_bytes()), threading.Lock()
 
         def tell(note: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from atoll.contract.wire import Head, Message, encode_bytes
 from atoll.transport.grpc_channel import SERVICE, call_unary
 from atoll.transport.link import ID_BYTES, Link, frame_id
 
+PATIENCE_S = 120.0
 HELLO = b"H" + bytes(ID_BYTES) + b'{"me":"by hand","have":{},"of":"","holds":[]}'
 
 
@@ -32,16 +33,16 @@ class ByHand:
     async def frame(self, kind: bytes) -> bytes:
         """The next frame of a kind."""
         while True:
-            frame = await asyncio.wait_for(self.call.read(), 20)
+            frame = await asyncio.wait_for(self.call.read(), PATIENCE_S)
             if frame is grpc.aio.EOF or frame[:1] == kind:
                 return frame  # type: ignore[no-any-return]
 
     async def status(self) -> Any:
         """How the coordinator ended the stream."""
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while await asyncio.wait_for(self.call.read(), 20) is not grpc.aio.EOF:
+            while await asyncio.wait_for(self.call.read(), PATIENCE_S) is not grpc.aio.EOF:
                 pass
-        return await asyncio.wait_for(self.call.code(), 20)
+        return await asyncio.wait_for(self.call.code(), PATIENCE_S)
 
     async def reply(self, name: str, message: Message) -> None:
         await self.call.write(b"M" + frame_id(name) + encode_bytes(message))
@@ -63,7 +64,7 @@ async def test_the_newest_connection_of_a_site_wins(net: Any) -> None:
 
     def slow(message: Message, progress: Any) -> Message:
         begun.set()
-        go_on.wait(20)
+        go_on.wait(PATIENCE_S)
         return Message("echo", {"re": message.meta["id"], "by": "older"})
 
     def quick(message: Message, progress: Any) -> Message:

@@ -21,6 +21,7 @@ from atoll.crypto import pki
 from atoll.transport.grpc_channel import SERVICE, call_unary
 
 HOUR = dt.timedelta(hours=1)
+PATIENCE_S = 120.0
 
 
 async def is_kept_out(net: Any, site: str, **join: Any) -> None:
@@ -43,7 +44,7 @@ async def test_without_a_certificate_there_is_no_connection(net: Any) -> None:
     async with grpc.aio.secure_channel(net.address, grpc.ssl_channel_credentials(net.ca.pem)) as channel:
         call = channel.stream_stream(f"/{SERVICE}/Connect")()
         with pytest.raises(grpc.aio.AioRpcError) as error:
-            await asyncio.wait_for(call.read(), 20)
+            await asyncio.wait_for(call.read(), PATIENCE_S)
         assert error.value.code() is grpc.StatusCode.UNAVAILABLE
     with pytest.raises(TransportError):
         await call_unary(net.address, net.ca.pem, None, "Renew", {}, deadline_s=0.5)
@@ -55,7 +56,7 @@ async def test_without_tls_there_is_no_connection(net: Any) -> None:
     for port in (net.port, net.enrol_port):
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             with pytest.raises(grpc.aio.AioRpcError) as error:
-                await channel.unary_unary(f"/{SERVICE}/Enrol")(b"{}", timeout=20)
+                await channel.unary_unary(f"/{SERVICE}/Enrol")(b"{}", timeout=PATIENCE_S)
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
@@ -130,7 +131,7 @@ async def test_revoked_before_connecting(net: Any) -> None:
     await net.start()
     net.refused.add("a")
     with pytest.raises(IntegrityError) as error:
-        await asyncio.wait_for(net.join("a"), 20)
+        await asyncio.wait_for(net.join("a"), PATIENCE_S)
     assert error.value.code == "certificate.revoked" and error.value.remedy
     with pytest.raises(IntegrityError) as error:
         await call_unary(net.address, net.ca.pem, net.pair("a"), "Renew", {})
@@ -147,7 +148,7 @@ async def test_revoked_while_connected(net: Any) -> None:
     net.refused.add("a")
     net.transport.disconnect("a")
     with pytest.raises(IntegrityError) as error:
-        await asyncio.wait_for(sites["a"], 20)
+        await asyncio.wait_for(sites["a"], PATIENCE_S)
     assert error.value.code == "certificate.revoked" and error.value.remedy
     assert set(net.transport.sites()) == {"b"}
     await asyncio.wait([asking])
@@ -191,7 +192,7 @@ async def test_a_site_connects_to_its_coordinator_only(net: Any, made: Any, code
     pair = made(net)
     await net.start(lambda: pair)
     with pytest.raises(IntegrityError) as error:
-        await asyncio.wait_for(net.join("a", lambda message, _: served.append(message)), 20)  # type: ignore[arg-type]
+        await asyncio.wait_for(net.join("a", lambda message, _: served.append(message)), PATIENCE_S)  # type: ignore[arg-type]
     assert error.value.code == code and error.value.remedy
     for address in (net.address, f"127.0.0.1:{net.enrol_port}"):
         with pytest.raises(IntegrityError) as error:

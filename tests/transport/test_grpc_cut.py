@@ -14,6 +14,8 @@ from atoll.transport.link import CHUNK_BYTES
 LARGE = np.random.default_rng(3).standard_normal(50_000_000 // 8)
 UNDER_WAY_BYTES = 16_000_000
 """What sockets, TLS, HTTP/2 windows and the proxy itself may hold when it is cut."""
+FRAMING_BYTES = 1_000_000
+"""Handshakes, and the heads of records and frames: 120 KB on an idle machine, and more where these are smaller."""
 
 
 def answers(message: Message, progress: Any) -> Message:
@@ -34,7 +36,7 @@ async def test_a_reply_that_is_cut_is_resumed(net: Any, proxies: Any, at: int, s
     got = await net.ask("a", "give")
     assert got.arrays["x"].tobytes() == LARGE.tobytes()
     assert proxy.connections == 2 and net.connected == ["a", "a"]
-    assert LARGE.nbytes < proxy.sent < LARGE.nbytes + min(at, UNDER_WAY_BYTES) + 2 * CHUNK_BYTES
+    assert LARGE.nbytes < proxy.sent < LARGE.nbytes + min(at, UNDER_WAY_BYTES) + FRAMING_BYTES
     assert (await net.ask("a", "give again")).arrays["x"].tobytes() == LARGE.tobytes()
 
 
@@ -47,7 +49,7 @@ async def test_a_request_that_is_cut_is_resumed(net: Any, proxies: Any, at: int)
     proxy.cut_after = ("received", proxy.received + at)
     assert (await net.ask("a", "take", {"x": LARGE})).meta["same"] is True
     assert proxy.connections == 2
-    assert LARGE.nbytes < proxy.received < LARGE.nbytes + min(at, UNDER_WAY_BYTES) + 2 * CHUNK_BYTES
+    assert LARGE.nbytes < proxy.received < LARGE.nbytes + min(at, UNDER_WAY_BYTES) + FRAMING_BYTES
 
 
 async def test_transfers_both_ways_survive_many_cuts(net: Any, proxies: Any) -> None:
@@ -96,7 +98,7 @@ async def test_anything_may_be_cut_at_any_time(net: Any, proxies: Any) -> None:
             cut_again()
             assert (await net.ask("a", name, {"x": x})).arrays["x"].tobytes() == (x * 2).tobytes()
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         await asyncio.gather(*(worker(number) for number in range(8)))
     assert len(net.connected) > 10
 
@@ -109,7 +111,7 @@ async def test_a_message_that_is_computed_while_the_connection_is_away_arrives(n
     def slow(message: Message, progress: Any) -> Message:
         times.append(message.meta["id"])
         begun.set()
-        go_on.wait(20)
+        go_on.wait(120)
         return Message("echo", {"re": message.meta["id"]})
 
     await net.start()

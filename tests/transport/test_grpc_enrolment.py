@@ -301,7 +301,28 @@ async def test_ports_are_read_whole_while_they_are_written(headquarters: Any) ->
     home = headquarters().home
     home.listen_on(1, 2)
     with ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(lambda: [home.listen_on(1, 2) for _ in range(500)])
+        writing = pool.submit(lambda: [home.listen_on(1, 2) for _ in range(150)])
         while not writing.done():
             assert home.listening() == (1, 2)
     writing.result()
+
+
+async def test_a_sites_folder_is_read_whole_while_it_joins_again(headquarters: Any) -> None:
+    """Or after that was killed: there is no site that cannot even join anew."""
+    hq = headquarters()
+
+    async def signed(*asked: Any) -> Any:
+        return hq.home.enrol(hq.store, asked[-1])
+
+    folder = hq.folder / "a"
+    await SiteHome.create(folder, hq.invite("a"), {}, call=signed)
+    with ThreadPoolExecutor(1) as pool:
+
+        def again() -> None:
+            for _ in range(15):
+                asyncio.run(SiteHome.create(folder, hq.invite("a"), {}, call=signed))
+
+        joining = pool.submit(again)
+        while not joining.done():
+            assert SiteHome(folder).config.name == "a" and SiteHome(folder).ca_pem == hq.ca.pem
+    joining.result()

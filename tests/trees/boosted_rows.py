@@ -20,6 +20,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "count": {"dtype": "integer", "range": [0, 40], "role": "label"},
     "value": {"range": [-80, 80], "role": "label"},
     "time": {"dtype": "integer", "range": [1, 30], "role": "label"},
+    "weight": {"range": [0, 4]},
+    "years": {"range": [0, 10]},
 }
 FEATURES = ["a", "b", "n", "kind"]
 SIZES = (150, 40, 90)
@@ -39,6 +41,7 @@ def rows(seed: int, n: int) -> dict[str, Any]:
         "time": np.ceil(random.exponential(10 / (1 + np.exp(eta)), n)).clip(1, 30),
     }  # fmt: skip
     found["kind"][random.random(n) < 0.05] = None
+    found |= {"weight": random.uniform(0, 4, n).round(3), "years": random.uniform(0.2, 10, n)}
     return found
 
 

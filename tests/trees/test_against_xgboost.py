@@ -27,6 +27,7 @@ from atoll.models.trees import FEATURE, THRESHOLD, Trees, TreesSpec
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, tidy
 from atoll.trees.objective import make
+from atoll.trees.weighted import Weighted
 
 from .boosted_rows import steps
 
@@ -60,7 +61,10 @@ def fit(data: Data) -> Callable[..., Fitted]:
     """(our margins, XGBoost's), [ROWS, outputs]."""
     names = tuple(f"x{j}" for j in range(FEATURES))
 
-    def fitted(asked: Any, columns: dict[str, Column], labels: np.ndarray, theirs: dict[str, Any], y: Any) -> Fitted:
+    def fitted(
+        asked: Any, columns: dict[str, Column], labels: np.ndarray, theirs: dict[str, Any], y: Any, weights: Any = None,
+        offset: np.ndarray | None = None,
+    ) -> Fitted:  # fmt: skip
         target = next(iter(columns))
         schema = TableSchema(
             name="t", max_rows=10_000, columns={**{name: Column(range=(-10, 10)) for name in names}, **columns}
@@ -71,12 +75,18 @@ def fit(data: Data) -> Callable[..., Fitted]:
         )
         codes = np.column_stack([tree_kernels.to_codes(c, e) for c, e in zip(data.x.T, bins.edges, strict=True)])
         objective = make(asked, target, schema)
-        rules = Rules(g_unit=objective.gradient.unit, h_unit=objective.hessian.unit)
+        if weights is not None:
+            objective, labels = Weighted.of(objective, "w", schema), np.column_stack([labels, weights])
+        least = theirs.get("min_child_weight", 1.0)
+        rules = Rules(min_child_weight=least, g_unit=objective.gradient.unit, h_unit=objective.hessian.unit)
         base, words = Alone(objective, bins, rules, TREES, DEPTH, RATE).grow(codes, labels)
         spec = TreesSpec(target=target, features=names, link=objective.link, num_trees=TREES, max_depth=DEPTH)
         model = Trees.of(spec, schema).with_weights(np.concatenate([base, words.ravel()]))
         ours = model.margins(data.x.astype(np.float32))
-        seen = xgboost.DMatrix(np.where(codes == 0, np.nan, codes.astype(float)), label=y)
+        seen = xgboost.DMatrix(np.where(codes == 0, np.nan, codes.astype(float)), label=y, weight=weights)
+        if offset is not None:
+            ours = ours + offset[:, None]
+            seen.set_base_margin(offset + base)
         settings = {"max_depth": DEPTH, "eta": RATE, "tree_method": "exact", "nthread": 1, **theirs}
         beside = xgboost.train(settings, seen, TREES).predict(seen, output_margin=True)
         return ours, beside.reshape(ROWS, -1)
@@ -110,6 +120,49 @@ def test_poisson(fit: Any, data: Data) -> None:
     column = Column(dtype="integer", range=(0, 80), role="label")
     ours, theirs = fit("poisson", {"y": column}, y, {"objective": "count:poisson"}, y)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+WEIGHT = {"w": Column(range=(0, 3))}
+
+
+def weights_of(data: Data) -> np.ndarray:
+    return np.where(np.arange(ROWS) % 10 == 0, 0.0, data.random.uniform(0.2, 3, ROWS))
+
+
+def test_squared_with_weights(fit: Any, data: Data) -> None:
+    y, columns = data.signal + data.random.normal(size=ROWS), {"y": Column(range=(-30, 30), role="label"), **WEIGHT}
+    w = weights_of(data)
+    ours, theirs = fit("squared", columns, y, {"objective": "reg:squarederror", "min_child_weight": 20}, y, w)
+    np.testing.assert_allclose(ours[w > 0], theirs[w > 0], atol=1e-5)
+    assert np.abs(ours - fit("squared", columns, y, {"objective": "reg:squarederror"}, y)[0]).max() > 0.05
+
+
+def test_logistic_with_weights(fit: Any, data: Data) -> None:
+    y = (data.random.random(ROWS) < 1 / (1 + np.exp(-data.signal))).astype(float)
+    columns = {"y": Column(dtype="integer", values=(0, 1), role="label"), **WEIGHT}
+    w = weights_of(data)
+    ours, theirs = fit("logistic", columns, y, {"objective": "binary:logistic"}, y, w)
+    np.testing.assert_allclose(ours[w > 0], theirs[w > 0], atol=1e-5)
+
+
+def test_softmax_with_weights(fit: Any, data: Data) -> None:
+    y = np.digitize(data.signal, [-1, 1]).astype(float)
+    columns = {"y": Column(dtype="integer", values=(0, 1, 2), role="label"), **WEIGHT}
+    theirs, w = {"objective": "multi:softprob", "num_class": 3}, weights_of(data)
+    both = fit("softmax", columns, y, theirs, y, w)
+    centred = [(margin - margin.mean(axis=1, keepdims=True))[w > 0] for margin in both]
+    np.testing.assert_allclose(*centred, atol=1e-5)  # where no weight is, a threshold may be anywhere
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_poisson_with_an_exposure(fit: Any, data: Data, weighted: bool) -> None:
+    years = data.random.uniform(0.1, 5, ROWS)
+    y = data.random.poisson(years * np.exp(data.signal / 2)).astype(float)
+    columns = {"y": Column(dtype="integer", range=(0, 400), role="label"), "years": Column(range=(0, 5)), **WEIGHT}
+    asked, theirs = {"kind": "poisson", "exposure": "years"}, {"objective": "count:poisson"}
+    labels, w = np.column_stack([y, years]), weights_of(data) if weighted else np.ones(ROWS)
+    ours, beside = fit(asked, columns, labels, theirs, y, w if weighted else None, np.log(years))
+    np.testing.assert_allclose(ours[w > 0], beside[w > 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 0.9])

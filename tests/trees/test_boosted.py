@@ -25,6 +25,9 @@ SORTS: list[dict[str, Any]] = [
     params_of("count", objective="poisson", splits="random", trees=6),
     params_of("class", splits="random"),
     params_of("value", max_cells=64, max_depth=4, l2=0.0, min_split_gain=0.5),
+    params_of("value", weight="weight"),
+    params_of("class", weight="weight", splits="random"),
+    params_of("count", objective={"kind": "poisson", "exposure": "years"}, weight="weight", min_child_weight=3),
 ]
 
 

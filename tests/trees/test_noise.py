@@ -24,6 +24,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "class": {"dtype": "text", "values": ["p", "q", "r"], "role": "label"},
     "count": {"dtype": "integer", "range": [0, 40], "role": "label"},
     "value": {"range": [-80, 80], "role": "label"},
+    "weight": {"range": [0, 3]},
+    "years": {"range": [0, 5]},
 }
 SORTS: list[dict[str, Any]] = [
     {"target": "value"},
@@ -32,6 +34,8 @@ SORTS: list[dict[str, Any]] = [
     {"target": "count", "objective": "poisson", "splits": "random", "binning": "quantiles"},
     {"target": "value", "objective": "quantile"},
     {"target": "count", "objective": {"kind": "cox", "event": "binary", "reach": 1.0}, "splits": "random"},
+    {"target": "binary", "weight": "weight", "max_depth": 1},
+    {"target": "count", "objective": {"kind": "poisson", "exposure": "years"}, "splits": "random"},
 ]
 
 
@@ -48,6 +52,7 @@ def rows(seed: int, n: int) -> dict[str, Any]:
         "class": np.array(["p", "q", "r"], object)[np.digitize(eta, [0, 1])],
         "count": random.poisson(np.exp(eta)).clip(0, 40).astype(float),
         "value": (10 * eta + random.normal(0, 2, n)).clip(-80, 80),
+        "weight": np.where(np.arange(n) % 3 == 0, 3.0, random.uniform(0, 3, n)), "years": random.uniform(1, 5, n),
     }  # fmt: skip
 
 

@@ -89,12 +89,14 @@ def _tell(made: Made, out: Path) -> None:
     for site, why in entry["absent"].items():
         show.say(f"absent: {site}" + (f" ({why})" if why else ""), style="yellow")
     for site in entry["late"] or []:
-        show.say(f"late: {site} has no rows of that day yet", style="yellow")
+        show.say(f"late: {site} has no rows of that day yet, or of fewer cities than lately", style="yellow")
     if entry["partial"]:
         show.say(
             "partial: of those that were there; --again makes it anew, where the sites' policies allow it",
             style="yellow",
         )
+    if note := (told.get("forecast") or {}).get("note"):
+        show.say(str(note), style="yellow")
     if made.before:
         show.say(f"made before, at {entry['made']}; nobody was asked", style="dim")
     show.out.print(f"see [bold]{out / entry['day']}[/]: report.html, result.json; all days: {out / 'history.json'}")

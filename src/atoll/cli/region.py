@@ -52,8 +52,7 @@ def up(
     show.log_to_terminal(verbose=verbose)
     settle()
     region = RegionHome(home)
-    name = region.site.config.name
-    serving = serve_region(region, lambda text: show.out.print(f"{name}: {text}"), coordinator.tell)
+    serving = serve_region(region, show.changes(region.site.config.name), coordinator.tell)
     asyncio.run(until_ended(serving, parent))
 
 

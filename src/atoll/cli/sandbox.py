@@ -99,7 +99,8 @@ def check(plan_file: PlanFile, sites: SitesFile = None, data: DataDir = Path(), 
     if machine:
         show.as_json(found)
         raise SystemExit(1 if problems else 0)
-    show.out.print(f"plan [bold]{plan.name}[/]  {plan.program} under {plan.protection.sum}")
+    under = f" under {plan.protection.sum}" if plan.protection.sum else ""  # of a plan that is refused none is chosen
+    show.out.print(f"plan [bold]{plan.name}[/]  {plan.program}{under}")
     show.out.print(f"hash {plan.hash}", style="dim")
     if found["sites"]:
         words = {True: "keeps the contract", False: "blocked"}
@@ -209,6 +210,7 @@ def _tell_result(result: Mapping[str, Any], out: Path) -> None:
         show.rows(("coefficient of", *names), [[row["name"], *_cells(row, names)] for row in table])
     if not result.get("model"):
         tables.tell(result)
+    show.suspects(result)
     privacy = result["privacy"]
     show.say(privacy["statement"])
     if privacy["noised"]:

@@ -39,6 +39,19 @@ def fail(error: AtollError, *, machine: bool) -> NoReturn:
     raise SystemExit(1)
 
 
+def changes(name: str) -> Callable[[str], None]:
+    """Print a party's state whenever it is another than before: one away for a night is no news at every attempt."""
+    told = ""
+
+    def tell(state: str) -> None:
+        nonlocal told
+        if state != told:
+            out.print(f"{name}: {state}")
+        told = state
+
+    return tell
+
+
 def say(text: str, *, style: str = "") -> None:
     """Print another party's words: no markup of theirs, and nothing that steers the terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
@@ -65,6 +78,13 @@ def findings(found: Sequence[Finding]) -> None:
     if found:
         lines = [(one.column, one.where, one.what, one.remedy) for one in found]
         rows(("column", "where", "what warns", "how to mend it"), lines)
+
+
+def suspects(result: Mapping[str, Any]) -> None:
+    """Which sites stood out under a rule that withstands bad ones."""
+    if found := (result.get("output") or {}).get("suspects"):
+        names = ", ".join(str(one["site"]) for one in found[:12]) + (" …" if len(found) > 12 else "")
+        say(f"these sites stood out, report.html tells by what: {names}", style="yellow")
 
 
 def protections(found: Sequence[Cost], best: str, chosen: str, num_sites: int, link: str) -> None:

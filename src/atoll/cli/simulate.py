@@ -76,6 +76,7 @@ def _tell(result: Mapping[str, Any], out: Path) -> None:
     if "virtual_time" in result:
         told = result["virtual_time"]
         show.out.print(f"{told['dropouts']} dropouts, {told['late']} answers left out as too late")
+    show.suspects(result)
     wire = result["wire"]
     sent, received = show.size(wire["to_sites_bytes"]), show.size(wire["from_sites_bytes"])
     show.out.print(f"traffic, were it real: {sent} to the sites, {received} back")

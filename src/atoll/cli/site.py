@@ -69,7 +69,7 @@ def up(
     show.log_to_terminal(verbose=verbose)
     settle()
     site = SiteHome(home)
-    asyncio.run(until_ended(serve_site(site, lambda text: show.out.print(f"{site.config.name}: {text}")), parent))
+    asyncio.run(until_ended(serve_site(site, show.changes(site.config.name)), parent))
 
 
 @app.command()

@@ -94,7 +94,8 @@ class AtollError(Exception):
         if places:
             text = f"{', '.join(places)}: {text}"
         if self.where.get("trace"):
-            text += f" [trace {self.where['trace']}]"
+            mark = f" [trace {self.where['trace']}]"
+            text = text.replace(mark, "") + mark  # once, whatever the parts say
         return text
 
 

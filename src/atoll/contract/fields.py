@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from atoll.contract.errors import ProtocolError
 from atoll.contract.wire import DTYPES, Array, ArraySpec, Json
 
+COMPARE = "compare the versions at both ends; where they agree, the site does not keep the protocol"
+"""Remedy for a reply that is not what was asked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
@@ -42,11 +45,11 @@ class Field:
     def check(self, name: str, spec: ArraySpec) -> None:
         """Raise ProtocolError unless *spec* is what this field declares. Reads no data."""
         if spec.dtype != self.dtype:
-            raise ProtocolError("reply.dtype", f"dtype {spec.dtype} instead of {self.dtype}", field=name)
+            raise _other("reply.dtype", f"dtype {spec.dtype} instead of {self.dtype}", name)
         open_ended = bool(self.shape) and self.shape[0] is None
         same = len(spec.shape) == len(self.shape) and spec.shape[open_ended:] == self.shape[open_ended:]
         if not same or (open_ended and spec.size_bytes > self.limit_bytes):
-            raise ProtocolError("reply.shape", f"shape {spec.shape} instead of {self.shape}", field=name)
+            raise _other("reply.shape", f"shape {spec.shape} instead of {self.shape}", name)
 
     @staticmethod
     def check_finite(name: str, values: Array, *, undefined: bool = False) -> None:
@@ -87,6 +90,10 @@ class Field:
                 if numbers and all(type(n) is int and n >= 0 for n in sizes):
                     return Field(dtype, tuple(shape), bound, step, limit_bytes)
         raise ProtocolError("task.field", "a task declares a malformed reply field")
+
+
+def _other(code: str, what: str, name: str) -> ProtocolError:
+    return ProtocolError(code, f"a reply has {what}", field=name, remedy=COMPARE)
 
 
 def _shape(shape: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -45,7 +45,10 @@ class Frame:
     def __getitem__(self, name: str) -> Any:
         """One column of the engine's table; raises PlanError if there is none of that name."""
         if name not in self.table.columns:
-            raise PlanError("recipe.no-column", f"the recipe names a column {name!r} that is not there", field=name)
+            raise PlanError(
+                "recipe.no-column", f"the recipe names a column {name!r} that is not there", field=name,
+                remedy="look at the table's column names; the recipe's step rename can map others",
+            )  # fmt: skip
         return self.table[name]
 
     def replace(self, columns: Mapping[str, Any], schema: TableSchema | None = None, *, ordered: bool = True) -> Frame:

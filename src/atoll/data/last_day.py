@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from pathlib import Path
 
+from atoll.contract.errors import SchemaError
 from atoll.contract.plan import Plan
 from atoll.data.engine import Engine
 from atoll.data.recipe import Prepared
@@ -14,7 +15,7 @@ from atoll.data.sources import SourceSpec, open_source
 def last_day(spec: SourceSpec, plan: Plan, base: Path) -> dt.date | None:
     """Of the schema's column of role "time", after cleaning; None where no cell is a date.
 
-    The contract is not checked. Raises the SchemaError of a source that cannot be read.
+    The contract is not checked. Raises the SchemaError of a source that cannot be read, or has no rows.
     """
     times = [name for name, column in plan.table.columns.items() if column.role == "time"]
     prepared = Prepared(plan.recipe)
@@ -23,5 +24,8 @@ def last_day(spec: SourceSpec, plan: Plan, base: Path) -> dt.date | None:
         return None
     cell = frame[times[0]]
     cell = cell if cell.type().is_temporal() else cell.try_cast("timestamp(6)")
-    found: dt.date | None = frame.engine.row(frame.table.aggregate(last=cell.cast("date").max()))["last"]
+    told = frame.engine.row(frame.table.aggregate(last=cell.cast("date").max(), rows=frame.table.count()))
+    if not told["rows"]:
+        raise SchemaError("source.empty", "the table has no rows", field="source", remedy="check the site's source")
+    found: dt.date | None = told["last"]
     return found

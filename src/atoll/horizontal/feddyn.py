@@ -12,7 +12,7 @@ changed a gₖ that h does not know of. Cost: as in FedAvg.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -38,6 +38,7 @@ class FedDyn(Federated):
     """Dynamic regularisation, for sites whose data differ."""
 
     Params = FedDynParams
+    stateful: ClassVar[bool] = True
 
     def begin(self, model: Model, cohort: Cohort) -> State:
         """h = 0, as all gₖ."""

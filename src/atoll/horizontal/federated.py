@@ -96,11 +96,13 @@ class FederatedParams(LocalParams):
 
 class Federated(Alone, Factored, Personal, Single):
     """See the module's docstring. told: the names of what is sent to sites of the coordinator's state, each as long as
-    "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all?"""
+    "weights". personal: does each site end with a model of its own? gaps: may a round find no rows at all? stateful:
+    does what a site sends follow from what it learned in earlier rounds?"""
 
     declared: ClassVar[Capabilities]
     told: ClassVar[tuple[str, ...]] = ("weights",)
     gaps: ClassVar[bool] = False
+    stateful: ClassVar[bool] = False
 
     def __init__(self, params: Any) -> None:
         self.params, self._kept = params, Kept(params)
@@ -111,6 +113,16 @@ class Federated(Alone, Factored, Personal, Single):
         """Sums are enough for the mean, and for rules over groups of sites, unless every reply is compressed alone."""
         needs = {"gather"} if self.params.aggregate.single or self.params.compress.alone else {"sum"}
         return replace(self.declared, needs=self.declared.needs - {"sum"} | needs)
+
+    @property
+    def remembers(self) -> bool:
+        """Does what a site sends follow from earlier rounds' questions, which may have been others at other sites?"""
+        return bool(self.stateful or self.params.compress.keeps)
+
+    @property
+    def narrows(self) -> bool:
+        """Do the bounds of its rounds follow from what sums said before? Sites keep to them by themselves, too."""
+        return bool(self.params.compress.grid == "told")
 
     def model(self, schema: TableSchema) -> Model:
         """The model it fits, before any fitting; what evaluation is then asked about."""

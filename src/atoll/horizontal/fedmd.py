@@ -75,6 +75,7 @@ class FedMd:
     """Distillation between sites' models of different architecture, by their predictions on public rows."""
 
     Params = FedMdParams
+    remembers = True
     personal = True
 
     def __init__(self, params: FedMdParams) -> None:

@@ -37,6 +37,7 @@ class FedPer(FedAvg):
 
     Params: type[FederatedParams] = FedPerParams
     personal: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def stays(self, model: Model) -> NDArray[np.bool_]:
         """The personal layers."""

@@ -32,6 +32,7 @@ from pydantic import Field
 
 from atoll.contract.errors import PlanError, ProtocolError, SchemaError
 from atoll.contract.program import Cohort, ProgramParams, SiteView, handler, program
+from atoll.contract.rounds import Field as Declared
 from atoll.contract.rounds import Metrics, Reply, Round, Steps, Sum, Task, count, real, taken
 from atoll.contract.schema import TableSchema
 from atoll.contract.sensitivity import Norms, touches
@@ -73,18 +74,29 @@ class Glm:
         """The model it fits, before any fitting; what evaluation is then asked about."""
         return LinearModel.zero(self.params.family, schema, self.params.features, self.params.target)
 
+    def asks(self, name: str, schema: TableSchema, sent: Mapping[str, Array]) -> Mapping[str, Declared] | None:
+        """The fields of a round whose bounds follow from what is *sent* with it; None of others."""
+        low, high = feature_bounds(schema, self.params.target)
+        if name == "labels":
+            return self._of_labels(schema, exact=True)
+        if name != "newton":
+            return None
+        weights = taken(sent, "weights", (1 + len(self.params.features),))
+        return _fields(self.model(schema), weights, schema.max_rows, max(abs(low), abs(high), 1.0))
+
+    def _of_labels(self, schema: TableSchema, *, exact: bool) -> dict[str, Declared]:
+        rows, (low, high) = schema.max_rows, feature_bounds(schema, self.params.target)
+        fields = {"n": count(bound=rows)}
+        for name, most in (("y", (high - low) / 2), ("y_squares", ((high - low) / 2) ** 2)):
+            fields[name] = real(bound=rows * most, step=fine(rows * most, 20) if exact else coarse(most))
+        return fields
+
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "table": one row per coefficient, "rows", "iterations", …}."""
         model, rows = self.model(cohort.schema), cohort.schema.max_rows
         low, high = feature_bounds(cohort.schema, model.target)
         middle, half, reach = (low + high) / 2, (high - low) / 2, max(abs(low), abs(high), 1.0)
-        steps = [fine(rows * most, 20) if cohort.exact else coarse(most) for most in (half, half**2)]
-        fields = {
-            "n": count(bound=rows),
-            "y": real(bound=rows * half, step=steps[0]),
-            "y_squares": real(bound=rows * half**2, step=steps[1]),
-        }
-        labels = yield Round("labels", Sum(), fields)
+        labels = yield Round("labels", Sum(), self._of_labels(cohort.schema, exact=cohort.exact))
         n, y_sum = int(labels["n"]), float(labels["y"])
         if not cohort.exact:
             mean = middle + min(max(y_sum / max(n, 1), -half), half)
@@ -292,7 +304,7 @@ def _link(family: Family, mean: float) -> float:
     return math.log(mean) if family == "poisson" else mean
 
 
-def _fields(model: LinearModel, weights: Floats, rows: int, reach: float) -> dict[str, Any]:
+def _fields(model: LinearModel, weights: Floats, rows: int, reach: float) -> dict[str, Declared]:
     """Bounds follow from |x'| ≤ 1 and so |eta| ≤ Σ|weights|, known before data is read."""
     eta = float(np.abs(weights).sum())
     mean = {"linear": eta, "logistic": 1.0, "poisson": math.exp(min(eta, 500.0))}[model.family]

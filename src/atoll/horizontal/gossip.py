@@ -77,6 +77,7 @@ class Gossip:
     """Learning from neighbours alone: no coordinator has a model, and each site ends with its own."""
 
     Params = GossipParams
+    remembers = True
     shared = False
 
     def __init__(self, params: GossipParams) -> None:

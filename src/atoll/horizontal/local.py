@@ -7,7 +7,7 @@ ClientUpdate; with momentum: Wang et al. 2020 (FedNova), §4.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -20,7 +20,7 @@ from atoll.contract.errors import PlanError, ProtocolError
 from atoll.contract.program import SiteView, TableView
 from atoll.contract.rounds import Task
 from atoll.contract.schema import TableSchema
-from atoll.models.model import Examples, LearnerParams, Model
+from atoll.models.model import Descends, Examples, LearnerParams, Model
 
 Weights = NDArray[Any]
 """Flat, [num_weights], in the model's dtype."""
@@ -170,13 +170,34 @@ class Local:
             )
             if found is not None:
                 return found
-        p, model, losses = self.params, self.model, []
+        weights, batches = np.array(start, self.model.dtype), self.batches(steps, part)
+        alone = slope is None and descent is None and fixed is None
+        if alone and self._plain and isinstance(self.model, Descends):
+            weights, losses = self.model.descended(weights, batches, self.params.learning_rate)
+        else:
+            losses = self._descend(weights, batches, slope, fixed, descent)
+        loss = float(np.mean(losses)) if losses else 0.0
+        if not (np.isfinite(loss) and np.isfinite(weights).all()):
+            raise diverged()
+        return Trained(weights, len(losses), loss)
+
+    @property
+    def _plain(self) -> bool:
+        """Are steps the learning rate times the gradient, and nothing else?"""
+        still, follows = self.fixed is not None, self.model.running.stop > self.model.running.start
+        return not (self.params.momentum or self.params.weight_decay or still or follows)
+
+    def _descend(
+        self, weights: Weights, batches: Iterable[Examples], slope: Slope | None, fixed: Mask | None,
+        descent: Descent | None,
+    ) -> list[float]:  # fmt: skip
+        """Take the steps, in place; the loss before each."""
+        p, model, losses = self.params, self.model, list[float]()
         learn = descent or model.loss_and_gradient
-        weights = np.array(start, model.dtype)
         velocity = np.zeros_like(weights) if p.momentum else None
         still = [mask for mask in (self.fixed, fixed) if mask is not None]
         rate, step = np.asarray(p.learning_rate, model.dtype), np.empty_like(weights)
-        for batch in self.batches(steps, part):
+        for batch in batches:
             loss, gradient = learn(weights, batch)
             losses.append(loss)
             followed = gradient[model.running].copy()
@@ -193,10 +214,7 @@ class Local:
             for mask in still:
                 step[mask] = 0
             weights -= step
-        loss = float(np.mean(losses)) if losses else 0.0
-        if not (np.isfinite(loss) and np.isfinite(weights).all()):
-            raise diverged()
-        return Trained(weights, len(losses), loss)
+        return losses
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ three times as much.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -40,6 +40,7 @@ class Moon(FedAvg):
     """FedAvg with a model-contrastive loss at the sites."""
 
     Params = MoonParams
+    stateful: ClassVar[bool] = True
 
     def model(self, schema: TableSchema) -> Represents:
         """Raises PlanError "model.no-representation" beside what FedAvg raises."""

@@ -138,6 +138,7 @@ class Online(FedAvg):
 
     Params = OnlineParams
     gaps: ClassVar[bool] = True
+    stateful: ClassVar[bool] = True
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """As FedAvg's, with {"periods", "stream"} (see :meth:`reported`), and with ``alarms`` {"alarms": {site: the

@@ -14,7 +14,7 @@ twice the bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -42,6 +42,7 @@ class Scaffold(Federated):
     """Stochastic controlled averaging, for sites whose data differ."""
 
     Params = ScaffoldParams
+    stateful: ClassVar[bool] = True
     told = ("weights", "control")
 
     def begin(self, model: Model, cohort: Cohort) -> State:

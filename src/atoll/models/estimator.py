@@ -126,13 +126,15 @@ class _Stored(BaseEstimator):  # type: ignore[misc]
 
     def shap_values(self, X: Any) -> tuple[Floats, Any]:
         """Of trees, (what each feature adds to a row's margin, [num_rows, n_features_in_]; what is expected of a row of
-        which nothing is known). Of classes, [num_rows, num_classes, n_features_in_] and [num_classes]. Raises
-        PlanError for other kinds."""
+        which nothing is known). Of classes, [num_rows, num_classes, n_features_in_] and [num_classes]. The margin is
+        without an exposure, which adds 0. Raises PlanError for other kinds."""
         from atoll.models.shap import shap_values
 
         model = self._trees()
         values, expected = shap_values(model, model.inputs(self._table(X)))
-        places = [model.settings.features.index(name) for name in self.feature_names_in_]
+        features = (*model.settings.features, model.exposure)
+        values = np.pad(values, ((0, 0), (0, 0), (0, 1)))
+        places = [features.index(name) for name in self.feature_names_in_]
         if model.task == "classes":
             return values[:, :, places], expected
         return values[:, 0, places], float(expected[0])

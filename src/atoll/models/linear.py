@@ -85,7 +85,10 @@ class LinearModel:
         low, high = feature_bounds(schema, target)
         if (family == "logistic" and (low, high) != (0, 1)) or (family == "poisson" and low < 0):
             wanted = "values [0, 1]" if family == "logistic" else "a range from 0 up"
-            raise PlanError("plan.bad-target", f"{family} regression needs a target with {wanted}", field=target)
+            raise PlanError(
+                "plan.bad-target", f"{family} regression needs a target with {wanted}", field=target,
+                remedy="name another target, make one by the recipe (step threshold), or choose another family",
+            )  # fmt: skip
         if not features:
             raise PlanError("plan.no-features", "a model needs at least one feature", field="features")
         return LinearModel(family, features, target, Scale.of(schema, features), np.zeros(1 + len(features)))

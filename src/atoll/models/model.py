@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -155,6 +155,15 @@ class Represents(Model, Protocol):
         """Mean loss over *batch* and its gradient, with *strength* times the model-contrastive loss: a row's
         representation is to be like that by the weights *anchor*, and unlike that by *previous* (Li, He & Song 2021,
         Model-Contrastive Federated Learning, §3.3)."""
+
+
+@runtime_checkable
+class Descends(Model, Protocol):
+    """A model that can take plain steps where its weights are, in a network's layers or a GPU's memory."""
+
+    def descended(self, weights: Floats, batches: Iterable[Examples], rate: float) -> tuple[Floats, list[float]]:
+        """(where ``weights -= rate * gradient`` leads, batch by batch, to the last bit; the loss before each step).
+        Only for a model none of whose weights are :attr:`running`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, ClassVar, Self
@@ -249,6 +249,24 @@ class Network:
         """Mean loss over *batch* and its gradient."""
         return self.descend(weights, batch, lambda: self.losses(batch).mean())
 
+    def descended(self, weights: Floats, batches: Iterable[Examples], rate: float) -> tuple[Floats, list[float]]:
+        """See the port."""
+        self.load(weights, learning=True)
+        self._mode(training=True)
+        self._learning, losses = None, []  # gradients are fresh ones, which the next load puts back
+        for batch in batches:
+            for parameter, _ in self._learned:
+                parameter.grad = None
+            with memory():
+                loss = self.losses(batch).mean()
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            with torch.no_grad():
+                for parameter, _ in self._learned:
+                    if parameter.grad is not None:
+                        parameter.sub_(parameter.grad.mul_(rate))
+        return self._flat.cpu().numpy().copy(), torch.stack(losses).tolist() if losses else []
+
     @property
     def represents(self) -> bool:
         """See the port; another's network may have no layer called "head"."""
@@ -302,15 +320,17 @@ class Network:
                 parameter.grad = slope if learning else None
             self._learning = learning
 
+    def _mode(self, *, training: bool) -> None:
+        if self.net.training != training:
+            self.net.train(training)
+            for layer in self._still:
+                layer.eval()
+
     def descend(self, weights: Floats, batch: Examples, loss_of: Callable[[], Tensor]) -> tuple[float, Floats]:
         """The loss that *loss_of* finds at *weights*, and its gradient."""
         self.load(weights, learning=True)
         follows = self.running.stop > self.running.start
-        mixing = len(batch) > 1 or not follows  # one row has no spread: it is normalised by the running one
-        if self.net.training != mixing:
-            self.net.train(mixing)
-            for layer in self._still:
-                layer.eval()
+        self._mode(training=len(batch) > 1 or not follows)  # one row has no spread: it is normalised by the running one
         self._slopes.zero_()
         with memory():
             loss = loss_of()

@@ -29,7 +29,7 @@ import numpy as np
 from annotated_types import Ge, Le, MaxLen, MinLen
 from numpy.typing import NDArray
 
-from atoll.contract.errors import PlanError
+from atoll.contract.errors import PlanError, SchemaError
 from atoll.contract.program import TableView
 from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array, Json
@@ -56,13 +56,15 @@ FURTHEST = float(np.finfo(np.float32).max)
 class TreesSpec(port.Settings):
     """features: in the order that nodes name them. categorical: those of them that are split by sets of their codes.
     link: from margin to prediction; "probability" is the margin cut to 0 … 1, "shares" are several, cut and made to
-    sum to 1, "isolation" is 2^−margin, whose target may be "" (none). num_trees: of each output. outputs: one, of
-    "softmax" and "shares" one for each class."""
+    sum to 1, "isolation" is 2^−margin, whose target may be "" (none). exposure: of "exp", a column that predictions are
+    times (the margin is of a rate). num_trees: of each output. outputs: one, of "softmax" and "shares" one for each
+    class."""
 
     kind: Literal["trees"] = "trees"
     features: Annotated[tuple[str, ...], MinLen(1), MaxLen(65_536)]
     categorical: tuple[str, ...] = ()
     link: Link
+    exposure: str = ""
     num_trees: Annotated[int, Ge(1), Le(2000)]
     max_depth: Annotated[int, Ge(1), Le(12)]
 
@@ -125,6 +127,11 @@ class Trees:
         return self.settings.targets if self.settings.target else ()
 
     @property
+    def exposure(self) -> str:
+        """The column that predictions are times; "": none."""
+        return self.settings.exposure
+
+    @property
     def task(self) -> ModelTask:
         """By the link; scores without a label are values."""
         return TASKS[self.settings.link] if self.settings.target else "regression"
@@ -173,7 +180,7 @@ class Trees:
 
     def spec(self) -> dict[str, Json]:
         """Its settings."""
-        found: dict[str, Json] = self.settings.model_dump(mode="json")
+        found: dict[str, Json] = self.settings.model_dump(mode="json", exclude=None if self.exposure else {"exposure"})
         return found
 
     def arrays(self) -> dict[str, Array]:
@@ -204,9 +211,10 @@ class Trees:
 
     def predict(self, table: TableView) -> Floats:
         """Probability, count or value of every row, [num_rows]; of classes [num_rows, outputs]. Cells of features may
-        be missing."""
+        be missing. Raises SchemaError where an exposure is missing or not above 0."""
         parts = [np.empty((0, self.outputs)), *(self.margins(batch) for batch in self._batches(table))]
-        return self.linked(np.concatenate(parts))
+        found = self.linked(np.concatenate(parts))
+        return found * exposures(table, self.exposure) if self.exposure else found
 
     def linked(self, margins: Floats) -> Floats:
         """Margins [num_rows, outputs] as predictions."""
@@ -271,6 +279,17 @@ def linked(link: Link, margins: Floats) -> Floats:
     return np.exp2(-np.maximum(one, 0)) if link == "isolation" else one
 
 
+def exposures(table: TableView, name: str) -> Floats:
+    """A column of exposures, [num_rows]; raises SchemaError where one is missing or not above 0."""
+    found = np.asarray(table[name], np.float64)
+    if np.isnan(found).any():
+        raise port.missing([name])
+    if not ((found > 0) & (found < math.inf)).all():
+        raise SchemaError("schema.bad-exposure", "a row's exposure is not above 0", field=name,
+                          remedy="leave such rows out in the recipe, or mend them")  # fmt: skip
+    return found
+
+
 def _check(spec: TreesSpec, schema: TableSchema) -> None:
     """Raise PlanError where columns do not suit the trees."""
     for name in spec.features:
@@ -290,6 +309,11 @@ def _check(spec: TreesSpec, schema: TableSchema) -> None:
     if not once or len(set(spec.categorical)) < len(spec.categorical):
         raise PlanError("plan.bad-column", "a feature is named twice, or is the target", field="features",
                         remedy="name each column once")  # fmt: skip
+    if spec.exposure:
+        feature_bounds(schema, spec.exposure)
+        if spec.link != "exp" or spec.exposure == spec.target:
+            raise PlanError("plan.bad-column", "exposures are of counts, in a column of their own", field="exposure",
+                            remedy='use link "exp", or leave exposure out')  # fmt: skip
     if spec.link == "isolation" and not spec.target:
         return
     goal, wanted = Goal.of(schema, (spec.target,)), TASKS[spec.link]

@@ -2,7 +2,8 @@
 
 "features", float64 [num_rows, num_features], has them in the order of the model's spec: NaN where a cell is missing, a
 categorical one as the place in the schema's code list. They are compared as the trees compare them, in float32, and
-leaves are added in float64 (in another order, so that the last digits may differ).
+leaves are added in float64 (in another order, so that the last digits may differ). A model with an exposure has that
+as a second input, "exposure", float64 [num_rows].
 
 Source: https://onnx.ai/onnx/operators/onnx_aionnxml_TreeEnsemble.html, version 5 (ONNX Runtime 1.20 and later).
 """
@@ -111,11 +112,14 @@ def graph(model: Trees) -> Any:
     ]
     several, found = model.settings.link in ("softmax", "shares"), _linked(model, constants)
     nodes += [helper.make_node(kind, takes, gives) for kind, takes, gives in found]
+    inputs = [helper.make_tensor_value_info("features", TensorProto.DOUBLE, ["rows", len(kinds)])]
+    if model.exposure:
+        inputs.append(helper.make_tensor_value_info("exposure", TensorProto.DOUBLE, ["rows"]))
     shape: list[str | int | None] = ["rows", model.outputs] if several else ["rows"]
     made = helper.make_model(
         helper.make_graph(
             nodes, "trees",
-            [helper.make_tensor_value_info("features", TensorProto.DOUBLE, ["rows", len(kinds)])],
+            inputs,
             [helper.make_tensor_value_info("prediction", TensorProto.DOUBLE, shape)],
             [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
         ),
@@ -150,7 +154,10 @@ def _linked(model: Trees, constants: dict[str, Any]) -> list[tuple[str, list[str
         return [one, ("Clip", ["margin", "low", "high"], ["held"]), ("Sigmoid", ["held"], ["prediction"])]
     if link == "exp":
         constants["high"] = DEEPEST
-        return [one, ("Min", ["margin", "high"], ["held"]), ("Exp", ["held"], ["prediction"])]
+        exp = [one, ("Min", ["margin", "high"], ["held"])]
+        if not model.exposure:
+            return [*exp, ("Exp", ["held"], ["prediction"])]
+        return [*exp, ("Exp", ["held"], ["rate"]), ("Mul", ["rate", "exposure"], ["prediction"])]
     if link == "probability":
         constants["high"] = 1.0
         return [one, ("Clip", ["margin", "zero", "high"], ["prediction"])]

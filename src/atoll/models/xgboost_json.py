@@ -4,7 +4,8 @@
 float32, and its margin is the same but for XGBoost's adding in float32. A categorical feature is one there, too: of a
 DataFrame with pandas categories XGBoost 3.1 finds the codes by their names (where all of a model's are integers, or
 ASCII texts, which is what it sorts rightly); of a matrix, or else, it takes their places in the schema's list. Only
-3.1 and newer know a base margin for each class.
+3.1 and newer know a base margin for each class. Of a model with an exposure it predicts the rate; and what the model
+does, given ``DMatrix(…, base_margin=np.log(exposure))``.
 
 Source: https://xgboost.readthedocs.io/en/stable/tutorials/saving_model.html, "JSON Schema"; XGBoost 3.2.
 """
@@ -72,7 +73,7 @@ def to_json(model: Trees, schema: TableSchema, objective: str = "") -> bytes:
     trees[:, :, [GAIN, COVER]] = _float32(trees[:, :, [GAIN, COVER]])
     scores = np.empty(outputs, np.float32)
     for output, margin in enumerate(model.base.tolist()):
-        score = _score_of(objective, margin)
+        score = None if model.exposure else _score_of(objective, margin)  # a base_margin takes a base score's place
         scores[output] = _neutral(objective) if score is None else score
         if score is None:  # XGBoost would not get the margin back: it goes into the first tree's leaves
             first = trees[output]

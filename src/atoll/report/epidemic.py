@@ -121,6 +121,8 @@ def outlook(result: Input, _: Input) -> Section | None:
             f"The learned forecast expects {_cases(mean)} in the next {counted(days, 'day')}{_between(low, high)}"
             + (f"; the SEIR model {_cases(summed[days][0])}." if days in summed else ".")
         ))  # fmt: skip
+    if doubt := part(found, "forecast").get("note"):
+        said.append(text(element("strong", _sentence(doubt))))
     if found.get("seir_note"):
         said.append(text(f"The SEIR model says nothing today: {found['seir_note']}."))
     header = ["In the next", "Learned forecast", "SEIR"]
@@ -240,11 +242,15 @@ def _missing(found: Found) -> Html | None:
     absent, late = ([str(one) for one in found_in.many(found.get(key))] for key in ("absent", "late"))
     said = []
     if absent or found.get("partial"):
-        who = f"{listed(absent, 12)} did not take part" if absent else "not every region took part"
+        counted_out = f"{listed(absent, 12)} {'is' if len(absent) == 1 else 'are'} not counted"
+        who = counted_out if absent else "not every region is counted"
         said.append(f"Partial: {who}. All totals, and the joint risk, are of those present.")
     if late:
         has = "has" if len(late) == 1 else "have"
-        said.append(f"Late: {listed(late, 12)} {has} no data of this day yet, and counted with the newest there was.")
+        said.append(
+            f"Late: {listed(late, 12)} {has} no data of this day yet, or of fewer cities than lately, and counted with "
+            "the newest there was."
+        )
     told: list[Child] = [element("p", element("strong", one)) for one in said]
     for one in found_in.mappings(found.get("problems")):
         remedy = f" Remedy: {one['remedy']}." if one.get("remedy") else ""

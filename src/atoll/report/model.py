@@ -118,7 +118,7 @@ def by_site(result: Input, _: Input) -> Section | None:
     columns = [(m, k) for m in shown for k in kinds]
     header = ["Site", "Rows kept aside", *(f"{METRICS[m].name}, {k}" for m, k in columns)]
     rows = [
-        [site, whole(found["federated"].get("rows", found["local"].get("rows")))]
+        [site, whole(next((found[k]["rows"] for k in ("federated", "local", "personal") if "rows" in found[k]), None))]
         + [fixed(found[k].get(m)) for m, k in columns]
         for site, found in sites.items()
     ]
@@ -128,7 +128,8 @@ def by_site(result: Input, _: Input) -> Section | None:
         if k in kinds or together.get(k)
     ]
     few = len(sites) > plots.MOST_SITES and text(f"The plots show the first {plots.MOST_SITES} sites.")
-    failed = [element("p", _failed(site, why), class_="note") for site, why in part(everywhere, "notes").items()]
+    unmade = {site: why for site, why in part(everywhere, "notes").items() if not part(sites, site, "local")}
+    failed = [element("p", _failed(site, why), class_="note") for site, why in unmade.items()]
     intro = [text(_verdict(sites, shown[0])), element("ul", keys, class_="legend"), cards(pictures, "three")]
     whole_table = table("Each site’s own held-out records", header, rows)
     return Section("sites", "Site by site", [*intro, few or None, whole_table, failed])
@@ -168,7 +169,7 @@ def convergence(result: Input, details: Input) -> Section | None:
     words = [text(f"Training makes the loss, which is the model’s error, smaller: {went}.")]
     steps = real(part(result, "model").get("converged_rounds"))
     if steps is not None:
-        words.append(text(f"It had converged after {counted(int(steps), 'step')}."))
+        words.append(text(f"It ended after {counted(int(steps), 'step')}."))
     picture = figure(plot, "Training loss", "mean per record; lower is better")
     return Section("convergence", "Convergence", [beside(picture, *words)])
 

@@ -8,6 +8,7 @@ from atoll.contract.errors import AtollError, PlanError, ProtocolError, Transpor
 from atoll.contract.plan import Plan
 from atoll.contract.rounds import Round
 from atoll.runtime.courier import session_of
+from atoll.runtime.scheduler import is_dropout
 from atoll.runtime.store import RunStore
 from atoll.transport.base import Transport
 from atoll.transport.spool import Incoming
@@ -35,7 +36,7 @@ class Attendance:
         """Take in what sites answered to the announcement; raises what ends the run."""
         refusals = []
         for site, answer in answers.items():
-            if isinstance(answer, TransportError):
+            if isinstance(answer, AtollError) and is_dropout(answer):
                 self.dropped(site, answer)
             elif isinstance(answer, AtollError):
                 refusals.append(answer)

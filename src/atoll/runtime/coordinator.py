@@ -183,16 +183,16 @@ class Driver:
         asked, sites = self.scheduler.choose(asked, number, self.cohort.present(asked))
         self.tell(round=number, name=f"{asked.program}/{asked.name}", sites=list(sites))
         replies: dict[str, list[Incoming]] = {}
-        result: Reduced
+        result: Reduced = Summed({}, ())
         if isinstance(asked.reduce, Sum):
             try:
                 result = await self.sum(asked, number, sites, replies)
             except AtollError as error:
+                error.at(round=number, step=f"{asked.program}/{asked.name}")
                 ends = self.plan.cohort.on_dropout == "fail" and isinstance(error, TransportError)
                 if ends or not asked.reduce.lenient or error.code.startswith(("spool.", "cohort.")):
                     raise
                 self.tell(left_out=", ".join(sites), reason=str(error))
-                result = Summed({}, ())
         elif isinstance(asked.reduce, Gather):
             arrived = await self.exchange(asked, number, Exchange("reply", sites, asked.reply))
             replies = {site: [incoming] for site, incoming in arrived.items()}

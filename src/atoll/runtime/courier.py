@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from atoll.contract.errors import AtollError, ProtocolError, TransportError
+from atoll.contract.fields import COMPARE
 from atoll.contract.plan import Plan
 from atoll.contract.program import REGISTRY
 from atoll.contract.protection import OWN, REPLY, Exchange, Terms
@@ -238,7 +239,8 @@ def expect(kind: str, fields: Mapping[str, Field] | None = None, **where: Any) -
         if head.kind == "failure" and not head.specs:
             raise AtollError.from_public(head.meta, **where)
         if head.kind != kind or {spec.name for spec in head.specs} != set(declared):
-            raise ProtocolError("reply.fields", f"a {head.kind} with other fields instead of a {kind}")
+            what = "has other fields" if head.kind == kind else "is of another kind"
+            raise ProtocolError("reply.fields", f"a reply {what} than was asked for", remedy=COMPARE)
         for spec in head.specs:
             declared[spec.name].check(spec.name, spec)
 

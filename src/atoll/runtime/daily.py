@@ -39,9 +39,9 @@ from atoll.runtime.study import check_plan, settled
 
 Page = Callable[[Path, Mapping[str, Any], Mapping[str, Any]], None]
 """Writes a report: its path, the result, and what is shown beside it."""
-LOCK_S = 10.0
-"""So long a call waits for another one's last processes to end."""
-PICKED_UP_S = 15.0
+LOCK_S = 60.0
+"""So long a call waits for the processes of one that was killed to end."""
+PICKED_UP_S = 60.0
 """So soon a running coordinator has begun with what was submitted."""
 OPEN = (HELD, "submitted", "running")
 
@@ -165,11 +165,17 @@ def _replace(path: Path, content: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[int]:
     """The folder is one call's alone, and its processes' that hold the yielded descriptor open. Raises PlanError when
-    another call has it."""
+    another call has it, at once; processes of a call that is gone are waited for."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    with _lock(folder, ".lock", 0.0), _lock(folder, ".parties.lock", LOCK_S) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, name: str, patience_s: float) -> Iterator[int]:
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        end = time.monotonic() + LOCK_S
+        end = time.monotonic() + patience_s
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,8 +325,8 @@ class OnThisMachine:
         for site, spec in sources.items():
             try:
                 self._last[site] = last_day(spec, plan, base)
-            except SchemaError as error:
-                if not error.code.startswith("source."):
+            except AtollError as error:
+                if not (isinstance(error, SchemaError) and error.code.startswith("source.")):
                     raise error.at(site=site) from None
                 self.missing[site] = str(error)
         self._lasting = LastingSandbox(out / "parties", plan, sources, base, keep)

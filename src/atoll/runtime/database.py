@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from atoll.contract.errors import PlanError
+from atoll.runtime.write_ahead import write_ahead
 
 _meta = sa.MetaData()
 RUNS = sa.Table(
@@ -86,7 +87,9 @@ class Database:
             if (file := self._engine.url.database) and file != ":memory:":
                 Path(file).touch(0o600)  # before SQLite makes it and its write-ahead log
                 Path(file).chmod(0o600)
-        _meta.create_all(self._engine)
+        with self._engine.begin() as db:
+            for table in _meta.sorted_tables:  # another process may be making them just now
+                db.execute(sa.schema.CreateTable(table, if_not_exists=True))
 
     @contextmanager
     def _begin(self) -> Iterator[Connection]:
@@ -99,6 +102,6 @@ class Database:
 
 
 def _sqlite_settings(durable: bool, connection: Any, _: Any) -> None:
-    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
-    connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA busy_timeout=30000")
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+    write_ahead(connection)

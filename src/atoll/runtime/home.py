@@ -142,10 +142,9 @@ class CoordinatorHome:
             return self.config.port, self.config.enrol_port
 
     def listen_on(self, port: int, enrol_port: int) -> None:
-        """Write down the ports in use; a command that reads them meanwhile has all of it or nothing."""
-        fresh = self.folder / "listening.json.new"
-        fresh.write_text(json.dumps({"port": port, "enrol_port": enrol_port, "pid": os.getpid()}))
-        fresh.replace(self.folder / "listening.json")
+        """Write down the ports in use."""
+        told = {"port": port, "enrol_port": enrol_port, "pid": os.getpid()}
+        _replace(self.folder / "listening.json", json.dumps(told))
 
     def invite(self, store: RunStore, site: str, lifetime: dt.timedelta) -> pki.JoinToken:
         """A one-time token for *site*; any earlier one of the site is void."""
@@ -245,9 +244,9 @@ class SiteHome:
             (folder / "policy.yaml").write_text(content)
         (folder / "tls.key").unlink(missing_ok=True)
         write_private(folder / "tls.key", pki.key_pem(key))
-        (folder / "tls.pem").write_text(certificate)
-        (folder / "ca.pem").write_bytes(token.ca_pem)
-        (folder / "site.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        _replace(folder / "tls.pem", certificate)
+        _replace(folder / "ca.pem", token.ca_pem.decode())
+        _replace(folder / "site.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         return SiteHome(folder)
 
     def journal(self) -> Journal:
@@ -293,16 +292,19 @@ class SiteHome:
         except (TransportError, asyncio.CancelledError):  # lost on the way: it may be asked for at once
             self._asked = before
             raise
-        await asyncio.to_thread(self._replace_certificate, _certificate(answer))
+        # durably: once it is used, the old one is good no longer
+        await asyncio.to_thread(_replace, self.folder / "tls.pem", _certificate(answer))
         return True
 
-    def _replace_certificate(self, certificate: str) -> None:
-        fresh = self.folder / "tls.pem.new"
-        with fresh.open("w") as file:
-            file.write(certificate)
-            file.flush()
-            os.fsync(file.fileno())  # once it is used, the old one is good no longer
-        fresh.replace(self.folder / "tls.pem")
+
+def _replace(path: Path, content: str) -> None:
+    """Write a file durably; who reads it meanwhile, or after this process was killed, has all of it, or what was."""
+    fresh = path.with_name(f"{path.name}.new")
+    with fresh.open("w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
 
 
 def _certificate(answer: Mapping[str, Json]) -> str:

@@ -355,8 +355,8 @@ class Journal(LedgerFile):
         settle(self._db, run)
         self._kept.pop(run, None)
         self._turns.pop(run, None)
-        names = [f"{what} {run}" for what in ("session", "rows", "quality", "view")]
-        self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?, ?)", names)
+        names = [f"{what} {run}" for what in ("session", "rows", "quality", "view", "bounds")]
+        self._db.execute("DELETE FROM setting WHERE name IN (?, ?, ?, ?, ?)", names)
         kept = PERSONAL if self.status(run) == "finished" else ""
         self._db.execute("DELETE FROM state WHERE run = ? AND program <> ?", (run, kept))
 
@@ -399,9 +399,10 @@ class Journal(LedgerFile):
 
     def _wipe(self) -> None:
         """The write-ahead log still holds what was deleted: empty it, unless another process is reading just now."""
-        with self._lock, suppress(sqlite3.Error):
+        with self._lock:
             self._db.execute("PRAGMA busy_timeout=0")
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with suppress(sqlite3.Error):
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self._db.execute("PRAGMA busy_timeout=30000")
 
     def set_note(self, run: str, note: str) -> None:
@@ -436,9 +437,15 @@ class Journal(LedgerFile):
     def pin_view(self, run: str, view: Mapping[str, Json]) -> None:
         """What was fitted is the same throughout a run: two views that differ a little could be subtracted.
         Raises ProtocolError."""
-        name = f"view {run}"
-        pinned: dict[str, Json] = json.loads(self.setting(name) or "{}")
-        if any(pinned.get(step, fitted) != fitted for step, fitted in view.items()):
+        if not self.pinned("view", run, view):
             raise ProtocolError("task.view", "a step was fitted otherwise before in the run", field="view")
-        if view.keys() - pinned.keys():
-            self.set_setting(name, to_json({**pinned, **view}).decode())
+
+    def pinned(self, what: str, run: str, told: Mapping[str, Json]) -> bool:
+        """Whether *what* was *told* of each name is what a run was told of it first; what is new is kept."""
+        name = f"{what} {run}"
+        known: dict[str, Json] = json.loads(self.setting(name) or "{}")
+        if any(known.get(key, value) != value for key, value in told.items()):
+            return False
+        if told.keys() - known.keys():
+            self.set_setting(name, to_json({**known, **told}).decode())
+        return True

@@ -27,7 +27,7 @@ from atoll.models.allowed import asked_in
 from atoll.runtime.coordinator import Coordinator, Event
 from atoll.runtime.home import CoordinatorConfig, CoordinatorHome, SiteHome
 from atoll.runtime.policy import Policy
-from atoll.runtime.sandbox import Processes, _watch, until
+from atoll.runtime.sandbox import TOLD_S, Processes, _watch, until
 from atoll.runtime.site import Site
 from atoll.transport.local import LocalTransport
 
@@ -35,8 +35,6 @@ AGAIN = 3
 """How often a site's process is started again before the site counts as absent."""
 HELD = "held"
 """Status of a run that waits until the sites are connected, which may take long on a busy machine."""
-TOLD_S = 10.0
-"""Patience for sites to hear that a run has ended; who does not, hears it at the next start."""
 CERTIFICATE_DAYS = 30.0
 
 
@@ -137,7 +135,7 @@ class LastingSandbox:
             until(connected, children, "the sites' connection")
             self.store.set_status(run, "submitted")
             _watch(self.store, run, children, tell)
-            with contextlib.suppress(TransportError):
+            with contextlib.suppress(TransportError):  # who is not told now hears it at the next start
                 until(lambda: self._told(run, children), children, "the sites' hearing of the end", TOLD_S)
         finally:
             children.stop()

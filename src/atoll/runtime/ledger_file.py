@@ -12,6 +12,7 @@ from pathlib import Path
 from atoll.contract.errors import IntegrityError
 from atoll.contract.wire import Json
 from atoll.ledger.entry import EMPTY, Chain, Entry, Signer, read_line
+from atoll.runtime.write_ahead import write_ahead
 
 _LEDGER = "CREATE TABLE IF NOT EXISTS ledger (seq INTEGER PRIMARY KEY, line TEXT NOT NULL);"
 
@@ -31,9 +32,11 @@ class LedgerFile:
         self._lock = threading.RLock()
         self._path = Path(path)
         self._db = sqlite3.connect("" if temporary else path, isolation_level=None, check_same_thread=False, timeout=30)
-        settings = ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON")  # keys are gone when they are deleted
         if temporary or not durable:
-            settings = ("locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF")
+            settings = ["locking_mode=EXCLUSIVE", "journal_mode=MEMORY", "synchronous=OFF"]
+        else:
+            write_ahead(self._db)
+            settings = ["synchronous=FULL", "secure_delete=ON"]  # keys are gone when they are deleted
         for pragma in settings:
             self._db.execute(f"PRAGMA {pragma}")
         if temporary:
@@ -44,7 +47,8 @@ class LedgerFile:
         self.chain = Chain(party, public, sign, entry["seq"], entry["hash"])
         if not last:
             with self.transaction():
-                self._append(self.chain.genesis())
+                if self.chain.seq < 0:  # another process may have begun it just now
+                    self._append(self.chain.genesis())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from atoll.contract.errors import IntegrityError, PolicyError, PrivacyBudgetError, ProtocolError, TransportError
 from atoll.contract.plan import Plan
-from atoll.contract.program import Program, build
-from atoll.contract.protection import Protection, Terms
+from atoll.contract.program import Program, build, handler_of
+from atoll.contract.protection import Protection, Terms, find
 from atoll.contract.rounds import Field, TaskId
 from atoll.contract.schema import TableSchema
-from atoll.contract.wire import Array, Json, Message
+from atoll.contract.wire import Array, Json, Message, canonical_json
 from atoll.crypto.identity import Identity
 from atoll.crypto.prg import Stream, derive
 from atoll.crypto.session import Session
@@ -44,6 +44,7 @@ class Opened:
         _, announced, _ = journal.run(run) or ("", {}, "")
         self.plan = Plan.from_json(announced["plan"])
         self.hash, self.roster_hash = str(announced["hash"]), str(announced["roster_hash"])
+        self._hidden = not find(self.plan.protection.sum).reveals
         self._agreed = agreement(self.hash, self.roster_hash)
         self.roster = {site: bytes.fromhex(key) for site, key in sorted(announced["roster"].items())}
         self.noise = noise_of(self.plan, len(self.roster))
@@ -151,6 +152,13 @@ class Opened:
             return None
         cohort = frozenset[str]() if protection.reveals else frozenset(self.roster)
         key = query_key(self.plan.dataset, message)
+        if not protection.reveals:  # sums of another run within other bounds are as good
+            meta = message.meta
+            program = self.program(str(meta["program"]), meta["params"])
+            fields = {name: Field.from_json(field) for name, field in meta["fields"].items()}
+            about = hashlib.sha256(canonical_json([key, question, sorted(cohort)]) + rows.tobytes()).hexdigest()
+            if not hasattr(program, "asks") and not self._pinned(about, program, str(meta["name"]), fields):
+                raise _other_bounds(str(meta["name"]))
         key = hashlib.sha256(f"{key} {question}".encode()).hexdigest() if question else key
         return Query(key, rows, cohort, self._policy.min_group_size, self._policy.min_sites, closed)
 
@@ -159,9 +167,12 @@ class Opened:
         sent: Mapping[str, Array], question: str,
     ) -> Cost:  # fmt: skip
         """What an answer costs the data set's budget, and the noise that makes it cost no more; one that tells nothing
-        but that it is there costs nothing. schema: of the table that the handler saw."""
+        but that it is there costs nothing. schema: of the table that the handler saw. Raises ProtocolError where hidden
+        shares are asked for within other bounds than before."""
         if not fields:
             return Cost(None)
+        if self._hidden and self.noise is None and handler_of(program, name).reduce == "sum":
+            self._check_bounds(task.run, program, name, schema, fields, sent)
         noised, epsilon = None, math.inf
         if self.noise is not None:
             norms = norms_of(self.plan, program, name, schema, fields, sent)
@@ -174,6 +185,47 @@ class Opened:
             epsilon = self.noise.costs[task.round]
         dataset = self.plan.dataset
         return Cost(Charge(task.run, task.round, dataset, epsilon, self._policy.budget(dataset), question), noised)
+
+    def _check_bounds(
+        self, run: str, program: Program, name: str, schema: TableSchema, fields: Mapping[str, Field],
+        sent: Mapping[str, Array],
+    ) -> None:  # fmt: skip
+        """A share is cut to its bound, and rounded to its step, before it is hidden: sums within many bounds b, each
+        Σ min(x, b), would tell every site's x. So a handler is asked within two of them in a run (the first, and those
+        of a second look at what the first lost), and over the same rows in other runs; or within those that follow from
+        what is sent, where its program says so (``asks``); unless its sites narrow them by themselves (``narrows``)."""
+        asks = getattr(program, "asks", None)
+        own = asks(name, schema, sent) if asks is not None else None
+        if own is not None:
+            same = own.keys() == fields.keys() and all(_within(own[each], field) for each, field in fields.items())
+        else:
+            same = self._pinned(run, program, name, fields)
+        if not same:
+            raise _other_bounds(name)
+
+    def _pinned(self, about: str, program: Program, name: str, fields: Mapping[str, Field]) -> bool:
+        """Whether *name* was asked within these bounds first or second of all."""
+        if getattr(program, "narrows", False):
+            return True
+        asked = canonical_json([program.name, program.params.model_dump(mode="json"), name])
+        bounds: Json = {each: [field.dtype, field.bound, field.step] for each, field in fields.items()}
+        places = [f"{hashlib.sha256(asked).hexdigest()} {place}" for place in (1, 2)]
+        return any(self._journal.pinned("bounds", about, {place: bounds}) for place in places)
+
+
+def _other_bounds(name: str) -> ProtocolError:
+    return ProtocolError(
+        "task.bounds", "the same was asked before within other bounds, or these are too narrow", field=name,
+        remedy="ask within the ranges and max_rows of before, compare versions; else the coordinator does not keep the "
+        "protocol: do not go on with it",
+    )  # fmt: skip
+
+
+def _within(own: Field, asked: Field) -> bool:
+    """Whether what is within its *own* bounds is cut no more by those that were *asked* (to the accuracy of libraries'
+    functions, which differ by a bit)."""
+    limit, step = own.bound or 0.0, own.step or 0.0
+    return own.dtype == asked.dtype and (asked.bound or 0.0) >= limit * (1 - 1e-9) and (asked.step or 0.0) <= 2 * step
 
 
 def _stream(secret: bytes, number: int, purpose: str, label: str) -> Stream:

@@ -54,8 +54,10 @@ from atoll.transport.local import LocalTransport
 
 OF_MANY = ("aggregate", "sites_per_round", "buffer", "compress", "alone", "topology")
 """Parameters that say something of several sites: a party alone has no use for them."""
-START_S = 60.0
+START_S = 300.0
 """Patience for the start of a process on a busy machine."""
+TOLD_S = 60.0
+"""Patience for sites to hear that a run has ended."""
 
 
 def read_sites(path: Path) -> dict[str, SourceSpec]:
@@ -263,6 +265,9 @@ def _run_grpc(
         run = store.create_run(plan, tuple(sources))
         try:
             _watch(store, run, children, tell)
+            with contextlib.suppress(TransportError):
+                closed = lambda: store.entry_of("closed", run) is not None  # noqa: E731
+                until(closed, children, "the sites' hearing of the end", TOLD_S)
         finally:
             children.stop()
             store.export_ledger(ledgers / "coordinator.jsonl")

@@ -84,8 +84,8 @@ class Site:
             ).at(**where)
         else:
             return reply
-        log.warning("%s", failure)
         if failure.code != "policy.withheld":
+            log.warning("%s", failure)
             self._note(str(meta.get("run", "")), str(failure))
         return Message("failure", {"re": meta.get("id"), **failure.public(), **where})
 

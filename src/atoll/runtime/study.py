@@ -114,7 +114,7 @@ def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
     if program.fewest(len(plan.cohort.sites)) < least and plan.cohort.sites and not chosen_above:
         raise PlanError("plan.too-few-drawn", "a sum would be of fewer sites than the cohort's rule demands",
                         field="params", remedy="make groups and buffers larger, or lower cohort.min_sites")  # fmt: skip
-    _check_partial(plan, program)
+    _check_partial(plan, program, schema)
     if not chosen_above:
         _check_end(plan, program, schema)
     _check_aggregate(plan, program, plan.cohort.sites)
@@ -132,9 +132,9 @@ def _check_run(plan: Plan, program: Program, schema: TableSchema) -> None:
                         field="run.holdout_by", remedy="leave it out: rows are then drawn each by itself")  # fmt: skip
 
 
-def _check_partial(plan: Plan, program: Program) -> None:
-    """Raise PlanError where sums of some of the cohort, or of sites at different work, would undo what the plan's
-    protection promises."""
+def _check_partial(plan: Plan, program: Program, schema: TableSchema) -> None:
+    """Raise PlanError where sums of some of the cohort, of sites at different work, or of what sites remember would
+    undo what the plan's protection promises: rounds that never end leave sites with different memories."""
     sites = len(plan.cohort.sites) or 1_000_000
     some = program.fewest(sites) < sites or any(share < 1 for share in plan.schedule.priority.values())
     if plan.protection.key_holder and some:
@@ -143,11 +143,14 @@ def _check_partial(plan: Plan, program: Program) -> None:
     uneven = (
         "ready" in program.capabilities.needs or plan.schedule.effort_min < 1 or getattr(program, "self_chosen", False)
     )
+    own = getattr(program, "personal", False) and _evaluation(plan, program, schema) is not None
+    uneven = uneven or own or getattr(program, "remembers", False)
     if plan.protection.adversary == "active" and plan.privacy is None and (some or uneven):
         raise PlanError(
-            "plan.active-choice", "a coordinator that does not keep the protocol could choose cohorts, efforts or ages "
-            "such that sums tell of single sites", field="protection.adversary",
+            "plan.active-choice", "a coordinator that does not keep the protocol could choose cohorts, efforts, ages, "
+            "or what sites remember such that sums tell of single sites", field="protection.adversary",
             remedy="ask the whole cohort in every round (no draws, groups, clusters, buffers, priorities or efforts), "
+            "of nothing that sites keep between rounds (personal models, control variates, error feedback), "
             "or add privacy",
         )  # fmt: skip
 

@@ -87,7 +87,7 @@ class Spearman(Pairs):
         bound = float((4 * n * reach**2).max(initial=4 * rows))
         blur = {"blur": real(len(names), bound=4 * bound, step=fine(4 * bound, 20))}
         error = np.sqrt(within) + slack * np.sqrt(n)
-        send = {"counts": counts}
+        send = {"counts": counts, "edges": edges}  # else sites could be asked of histograms that are not the same
         return Scores("rank_products", send, np.zeros(len(names)), scale, bound, sites, error, blur)
 
     # -- what one record changes
@@ -139,9 +139,9 @@ class Spearman(Pairs):
     def rank_products(self, site: SiteView, task: Task) -> Reply:
         """At the site: for each pair of columns the sums of the rows' ranks in the histograms sent."""
         shape = (len(self._names(site.table.schema)), self._size(site.table.schema))
-        counts, edges = task.take("counts", shape), site.state.get("edges")
-        if edges is None or edges.shape != shape:
-            raise ProtocolError("task.array", "no histogram was asked for before its ranks", field="counts")
+        counts, edges = task.take("counts", shape), task.take("edges", shape)
+        if not np.array_equal(site.state.get("edges", np.zeros(0)), edges):
+            raise ProtocolError("task.array", "no such histogram was asked for before its ranks", field="edges")
         scores, _ = ranks.scores(np.maximum(counts, site.state["told"]))
         shared = [ranks.shared(*each, site.min_group_size) for each in zip(scores, site.state["own"], strict=True)]
         table = [score for score, _ in shared]

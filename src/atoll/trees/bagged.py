@@ -38,7 +38,8 @@ from atoll.models.trees import FEATURE, FURTHEST, LEAF, THRESHOLD, Trees
 from atoll.statistics.quantiles import Quantiles
 from atoll.trees.alone import Alone
 from atoll.trees.binning import Bins, sizes_of, tidy
-from atoll.trees.features import BoostingParams, edges_of, unfitted
+from atoll.trees.features import BoostingParams, edges_of
+from atoll.trees.following import counted
 
 SMALLEST = 2.0**-149
 """The least float32: no value is told any finer."""
@@ -69,17 +70,14 @@ class Bagged:
 
     def model(self, schema: TableSchema) -> Trees:
         """The model it fits, before any fitting; what evaluation is then asked about."""
-        return self._unfitted(schema)
-
-    def _unfitted(self, schema: TableSchema) -> Trees:
-        return unfitted(self.params, schema, self.params.loss(schema).link)
+        return self.params.model(schema)
 
     # ---------------------------------------------------------------- at the coordinator
 
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "rows": by site, as far as they tell, "iterations": steps of each site, "history": []}."""
         p, schema = self.params, cohort.schema
-        model, steps = self._unfitted(schema), p.trees // len(cohort.sites)
+        model, steps = p.model(schema), p.trees // len(cohort.sites)
         if not steps:
             raise PlanError("trees.too-few", "there are fewer trees than sites to grow them", field="params.trees",
                             remedy="ask for more trees")  # fmt: skip
@@ -151,5 +149,6 @@ class Bagged:
             p.l2, p.min_split_gain, p.min_child_weight, fewest, objective.gradient.unit, objective.hessian.unit
         )  # fmt: skip
         alone = Alone(objective, bins, rules, int(steps), p.max_depth, p.learning_rate, site.min_group_size)
-        base, words = alone.grow(bins.coded(site.table), objective.labels(site.table), site.progress)
-        return {"base": base, "words": words, "rows": len(site.table)}
+        codes, labels = counted(objective, bins, site.table)
+        base, words = alone.grow(codes, labels, site.progress)
+        return {"base": base, "words": words, "rows": len(codes)}

@@ -60,7 +60,7 @@ from atoll.contract.wire import Array
 from atoll.models.trees import Trees
 from atoll.statistics.noise import only_summed
 from atoll.trees import objective as losses
-from atoll.trees.features import BoostingParams, edges_of, unfitted
+from atoll.trees.features import BoostingParams, edges_of
 from atoll.trees.following import Following, Kept
 from atoll.trees.grown import Shape, leaf_places
 from atoll.trees.growth import Ints
@@ -105,10 +105,7 @@ class Boosted:
 
     def model(self, schema: TableSchema) -> Trees:
         """The model it fits, before any fitting; what evaluation is then asked about."""
-        return self._unfitted(schema)
-
-    def _unfitted(self, schema: TableSchema) -> Trees:
-        return unfitted(self.params, schema, self.params.loss(schema).link)
+        return self.params.model(schema)
 
     def shape(self, schema: TableSchema) -> Shape:
         """What the plan says of the trees."""
@@ -122,7 +119,7 @@ class Boosted:
     def coordinate(self, cohort: Cohort, start: Mapping[str, Array] | None = None) -> Steps:
         """Returns {"model", "history": mean training loss before each step and in the end, "held_out": the same of
         held-out rows, "iterations": steps made, "kept": of which the model is}."""
-        model = self._unfitted(cohort.schema)
+        model = self.params.model(cohort.schema)
         run = Run(self.params, self.shape(cohort.schema), cohort)
         run.check()
         if start is None:

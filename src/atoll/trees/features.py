@@ -18,20 +18,21 @@ from atoll.models.trees import Trees
 from atoll.trees import objective as losses
 from atoll.trees.binning import check_given, even_edges, quantile_edges
 from atoll.trees.objective import Objective
+from atoll.trees.weighted import Weighted
 
 Columns = tuple[tuple[str, ...], tuple[str, ...]]
 """(features, those of them that are categorical)."""
 
 
 def feature_columns(
-    schema: TableSchema, target: str, features: tuple[str, ...], categorical: tuple[str, ...]
+    schema: TableSchema, beside: tuple[str, ...], features: tuple[str, ...], categorical: tuple[str, ...]
 ) -> Columns:
-    """Named *features*, else all that are numbers or list their values, but the target; texts are categorical. Raises
-    PlanError where *categorical* names others."""
+    """Named *features*, else all that are numbers or list their values, but those *beside* (such as the target); texts
+    are categorical. Raises PlanError where *categorical* names others."""
     named = features or tuple(
         name
         for name, column in schema.columns.items()
-        if column.role == "feature" and name != target and (column.numeric or column.values)
+        if column.role == "feature" and name not in beside and (column.numeric or column.values)
     )
     if unknown := sorted(set(categorical) - set(named)):
         raise PlanError("plan.bad-column", f"{unknown[0]!r} is not a feature of the trees", field="categorical",
@@ -57,10 +58,12 @@ def edges_of(
 
 
 class BoostingParams(ProgramParams):
-    """What boosting asks for wherever it grows. edges: of some features, given."""
+    """What boosting asks for wherever it grows. weight: the column of rows' weights (see ``weighted.py``). edges: of
+    some features, given."""
 
     target: str
     objective: str | dict[str, Json] = "auto"
+    weight: str = ""
     features: tuple[str, ...] = ()
     categorical: tuple[str, ...] = ()
     trees: int = Field(default=100, ge=1, le=2000)
@@ -74,11 +77,17 @@ class BoostingParams(ProgramParams):
 
     def columns(self, schema: TableSchema) -> Columns:
         """(features, those that are categorical) as the model has them."""
-        return feature_columns(schema, self.target, self.features, self.categorical)
+        return feature_columns(schema, self.loss(schema).beside, self.features, self.categorical)
 
     def loss(self, schema: TableSchema) -> Objective:
         """The objective, by default what suits the target; raises PlanError."""
-        return losses.make(self.objective, self.target, schema)
+        made = losses.make(self.objective, self.target, schema)
+        return Weighted.of(made, self.weight, schema) if self.weight else made
+
+    def model(self, schema: TableSchema) -> Trees:
+        """The model before any fitting; raises PlanError."""
+        objective = self.loss(schema)
+        return unfitted(self, schema, objective.link, objective.exposed)
 
 
 class Grown(Protocol):
@@ -97,13 +106,13 @@ class Grown(Protocol):
         """Of the model."""
 
 
-def unfitted(params: Grown, schema: TableSchema, link: str) -> Trees:
+def unfitted(params: Grown, schema: TableSchema, link: str, exposure: str = "") -> Trees:
     """The model before any fitting; raises PlanError."""
     features, categorical = params.columns(schema)
     made = make(
         {
             "kind": "trees", "target": params.target, "features": list(features), "categorical": list(categorical),
-            "link": link, "num_trees": params.trees, "max_depth": params.max_depth,
+            "link": link, "exposure": exposure, "num_trees": params.trees, "max_depth": params.max_depth,
         },
         schema,
     )  # fmt: skip

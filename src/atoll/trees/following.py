@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atoll.contract.program import SiteView, TableView
+from atoll.trees.binning import Bins
 from atoll.trees.grown import Grown, Shape
 from atoll.trees.growth import Batch, Ints, Rows
+from atoll.trees.objective import Objective
 from atoll.trees.replica import Log
 
 Floats = NDArray[np.float64]
@@ -34,6 +36,13 @@ class Part:
         """A batch's leaf values, of rows at *node* [num_trees, num_rows]."""
         for tree in range(len(batch)):
             self.margins[:, tree] += batch.values(tree)[node[tree]]
+
+
+def counted(objective: Objective, bins: Bins, table: TableView) -> tuple[NDArray[np.uint8], Floats]:
+    """(codes, labels) of a table's rows that count."""
+    codes, labels = bins.coded(table), objective.labels(table)
+    counting = objective.counting(labels)
+    return (codes, labels) if counting is None else (codes[counting], labels[counting])
 
 
 class Following(Grown):
@@ -85,8 +94,7 @@ class Following(Grown):
         return table
 
     def _part(self, which: int) -> Part:
-        table = self._table(which)
-        return Part(self.bins.coded(table), self.shape.objective.labels(table), self.base)
+        return Part(*counted(self.shape.objective, self.bins, self._table(which)), self.base)
 
     @property
     def held(self) -> Part:

@@ -89,7 +89,7 @@ class ForestParams(ProgramParams):
 
     def columns(self, schema: TableSchema) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """(features, those that are categorical) as the model has them."""
-        return feature_columns(schema, self.target, self.features, self.categorical)
+        return feature_columns(schema, (self.target,), self.features, self.categorical)
 
     @property
     def batches(self) -> int:

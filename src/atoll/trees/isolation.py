@@ -80,7 +80,7 @@ class IsolationParams(ProgramParams):
 
     def columns(self, schema: TableSchema) -> Columns:
         """(features, those that are categorical) as the model has them."""
-        return feature_columns(schema, self.target, self.features, self.categorical)
+        return feature_columns(schema, (self.target,), self.features, self.categorical)
 
 
 @program(

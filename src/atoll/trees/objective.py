@@ -61,13 +61,13 @@ class Fixed:
     def of(bound: float, schema: TableSchema) -> Fixed:
         """As fine as sums over all rows of MOST_SITES sites leave room for in 62 bits (24 bits of the bound with the
         default max_rows; never more than 32). Raises PlanError where max_rows leaves no room."""
-        bits = min(MOST_BITS, 62 - schema.max_rows.bit_length() - (MOST_SITES - 1).bit_length())
-        if bits < LEAST_BITS:
-            raise PlanError(
-                "trees.max-rows", "sums over so many rows do not fit 64 bits", field="max_rows",
-                remedy="lower max_rows of the schema to what a site can really hold",
-            )  # fmt: skip
-        return Fixed(bound, math.ldexp(1.0, math.frexp(bound)[1] - bits))
+        return Fixed(bound, _unit(bound, min(MOST_BITS, _room(schema))))
+
+    def times(self, most: float, schema: TableSchema) -> Fixed:
+        """Of reals *most* times as large; as fine as these where sums leave room, and whole numbers get fractions."""
+        bound = self.bound * most
+        finest = min(self.unit, Fixed.of(self.bound, schema).unit, Fixed.of(bound, schema).unit)
+        return Fixed(bound, max(finest, _unit(bound, _room(schema))))
 
     @property
     def most(self) -> int:
@@ -82,6 +82,21 @@ class Fixed:
     def reals(self, integers: Array) -> Floats:
         """Of integers, or sums of them."""
         return np.asarray(integers, np.float64) * self.unit
+
+
+def _unit(bound: float, bits: int) -> float:
+    return math.ldexp(1.0, math.frexp(bound)[1] - bits)
+
+
+def _room(schema: TableSchema) -> int:
+    """So many bits may a row have."""
+    bits = 62 - schema.max_rows.bit_length() - (MOST_SITES - 1).bit_length()
+    if bits < LEAST_BITS:
+        raise PlanError(
+            "trees.max-rows", "sums over so many rows do not fit 64 bits", field="max_rows",
+            remedy="lower max_rows of the schema to what a site can really hold",
+        )  # fmt: skip
+    return bits
 
 
 ONE = Fixed(1.0, 1.0)
@@ -109,6 +124,8 @@ class Sums:
 Declared = Mapping[str, Sums]
 Summed = dict[str, Any]
 """Integers by the names declared."""
+Each = Mapping[str, tuple[Ints | None, Ints]]
+"""What each row adds, by the names declared: (the element that it is in, None of a single number; how much), [n]."""
 
 
 class Settings(BaseModel):
@@ -127,13 +144,14 @@ class Objective:
     target: the column that the model is of. gradient, hessian: how finely a row's are rounded, and their bounds.
     constant: every Hessian is one unit, so that their sums are the counts. telling: rows with unlike labels have unlike
     gradients somewhere, so that gradients which are all alike mean a constant label. evaluated: what the model predicts
-    can be compared with the target.
+    can be compared with the target. weighable: rows may have weights (see ``weighted.py``).
     """
 
     link: ClassVar[Link] = "identity"
     constant: ClassVar[bool] = False
     telling: ClassVar[bool] = True
     evaluated: ClassVar[bool] = True
+    weighable: ClassVar[bool] = True
 
     target: str
     gradient: Fixed
@@ -151,11 +169,25 @@ class Objective:
         """The largest |value| of a leaf, before the learning rate."""
         return math.inf
 
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The columns that it reads: no features by default."""
+        return (self.target,)
+
+    @property
+    def exposed(self) -> str:
+        """The column whose logarithm is added to every margin; "": none."""
+        return ""
+
     # -- at the site
 
     def labels(self, table: TableView) -> Floats:
         """What the loss needs of all rows, [n] (cox: [n, 2]); raises SchemaError when one is missing."""
         return known(table, (self.target,))[:, 0]
+
+    def counting(self, labels: Floats) -> NDArray[np.bool_] | None:
+        """Rows that count at all, [n]; None: all."""
+        return None
 
     def gradients(self, margin: Floats, labels: Floats, shared: Floats) -> tuple[Ints, Ints]:
         """First and second derivative of every row's loss by its margin, [n, K] each, from *margin* [n, K]."""
@@ -168,9 +200,13 @@ class Objective:
         """Sums that the base margins are made of."""
         raise NotImplementedError
 
+    def begin_each(self, labels: Floats) -> Each:
+        """At the site: what each row adds to them."""
+        raise NotImplementedError
+
     def begin_sums(self, labels: Floats) -> Summed:
         """At the site."""
-        raise NotImplementedError
+        return added(self.begins, self.begin_each(labels))
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """Base margins, [K], finite whatever noise made of the sums. smallest: as of :meth:`renewed`."""
@@ -264,6 +300,18 @@ def make(asked: str | Mapping[str, Json], target: str, schema: TableSchema) -> O
 def fields(declared: Declared, schema: TableSchema) -> dict[str, Field]:
     """As a round declares them."""
     return {name: sums.field(schema.max_rows) for name, sums in declared.items()}
+
+
+def added(declared: Declared, each: Each) -> Summed:
+    """The sums over rows."""
+    found: Summed = {}
+    for name, (place, values) in each.items():
+        if place is None:
+            found[name] = values.sum()
+        else:
+            found[name] = np.zeros(declared[name].shape, np.int64)
+            np.add.at(found[name].reshape(-1), place, values)
+    return found
 
 
 def norms(declared: Declared) -> dict[str, Norms]:

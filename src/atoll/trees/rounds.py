@@ -110,6 +110,9 @@ class Run:
         """Base margins, and with the edges the first record."""
         shape, schema = self.shape, self.shape.schema
         total = yield Round("begin", Sum(), losses.fields(shape.objective.begins, schema))
+        if self.params.weight and self.cohort.exact and total["counted"] == 0:
+            raise SchemaError("schema.no-weight", "no row of the cohort has a weight above 0", field=self.params.weight,
+                              remedy="mend the weights, or leave weight out")  # fmt: skip
         bins = Bins(shape.features, edges, sizes_of(schema, shape.features, shape.categorical))
         self.tell(np.concatenate([shape.objective.base(total, smallest(self.cohort)), bins.told()]))
 

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save
 
 from atoll.blueprints.epidemic.alarms import AlarmRule, alarms, multi_point
+from atoll.blueprints.epidemic.outcome import followed
 from atoll.blueprints.epidemic.series import WRONG
 from atoll.contract.errors import AtollError, DisclosureError, PlanError, PolicyError, ProtocolError
 from atoll.contract.program import Cohort, build
@@ -170,6 +171,27 @@ def test_a_series_of_zeros_is_calm(federation: Any, drive: Any) -> None:
     assert all(one["mean"] == one["low"] == 0 for one in told["forecast"]["learned"])
 
 
+@pytest.mark.parametrize(
+    ("cases", "known"),
+    [
+        ([0.0, 0, 3, 1, 0, 2, 0], 3),  # what followed is known of the days 2, 3 and 4
+        ([0.0, 0, 3, math.nan, 0, 2, 0], 2), ([0.0, 0, 0, 0, 0, 0, 3], 0), ([0.0] * 7, None), ([1.0] * 7, None),
+    ],
+)  # fmt: skip
+def test_of_how_many_days_it_is_known_what_followed(cases: list[float], known: int | None) -> None:
+    assert followed(np.array(cases), 2) == known
+
+
+@pytest.mark.parametrize(("quiet", "doubtful"), [(26, True), (18, False), (40, False)])
+def test_a_model_of_a_wave_that_is_too_young_is_not_relied_on(
+    federation: Any, drive: Any, quiet: int, doubtful: bool
+) -> None:
+    grid = np.where(np.arange(40)[:, None] < quiet, 0, 5) * np.ones((40, 6), int)
+    told = found(run(drive, {name: table(federation, grid, PEOPLE[name]) for name in PEOPLE}))
+    note = told["forecast"]["note"]
+    assert ("the 7-day forecast: what followed is known of only 7 days" in note) == doubtful == bool(note)
+
+
 # ---------------------------------------------------------------- regions that are late, absent or wrong
 
 
@@ -190,6 +212,8 @@ def test_a_region_that_is_too_late_is_absent(federation: Any, drive: Any) -> Non
     data["jiangsu"] = table(federation, cases_of("jiangsu")[:37], PEOPLE["jiangsu"])
     told = found(run(drive, data, min_regions=2))
     assert (told["late"], told["absent"], told["partial"]) == ([], ["jiangsu"], True)
+    (problem,) = told["problems"]
+    assert (problem["site"], problem["code"]) == ("jiangsu", "epidemic.too-late") and day(36) in problem["message"]
     people = PEOPLE["shanghai"] + PEOPLE["zhejiang"]
     risk = {n: windowed(cases_of(n).sum(axis=1).astype(float), PEOPLE[n])[-1] for n in ("shanghai", "zhejiang")}
     assert told["joint"]["population"] == people
@@ -231,7 +255,7 @@ def test_a_region_whose_table_is_wrong_is_absent_and_told_why(federation: Any, d
     assert 0 < told["joint"]["risk"] < 1
 
 
-@pytest.mark.parametrize("population", [math.nan, [1, 2, 3, 4, 5, 6]])
+@pytest.mark.parametrize("population", [math.nan, [1, 2, 3, 4, 5, 6], 65_000, 130_000_001])
 def test_a_population_that_is_missing_or_not_one_is_told(federation: Any, drive: Any, population: Any) -> None:
     data = tables(federation)
     data["zhejiang"].columns["population"][-6:] = population
@@ -269,6 +293,7 @@ def test_a_site_that_drops_out_is_absent(federation: Any, drive: Any) -> None:
         )  # fmt: skip
         told = found(driven)
         assert (told["absent"], told["partial"], set(told["regions"])) == (["jiangsu"], True, {"shanghai", "zhejiang"})
+        assert [one["code"] for one in told["problems"]] == ["epidemic.dropped-out"] * gone
 
 
 def test_of_too_few_regions_no_number_is_asked(federation: Any, drive: Any) -> None:
@@ -287,6 +312,7 @@ def test_of_too_few_regions_no_number_is_asked(federation: Any, drive: Any) -> N
     with pytest.raises(ProtocolError) as caught:
         drive(watched(), data)
     assert caught.value.code == "epidemic.too-few-regions" and driven == ["status"]
+    assert "shanghai: the region's population is missing or zero" in caught.value.message
 
 
 def test_wrong_codes_have_a_message_each() -> None:

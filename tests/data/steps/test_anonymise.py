@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError
@@ -40,7 +40,7 @@ def table(table_of: Any, people: Any) -> Any:
 
 
 @pytest.mark.slow
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 @given(
     PEOPLE, st.integers(2, 6), st.integers(1, 3), st.sampled_from(["mean", "midpoint"]),
     st.sampled_from(["suppress", "set"]), st.sampled_from([QUASI, ["age"], ["ward", "age"], ["grade"]]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError
@@ -39,7 +39,7 @@ def test_a_column_may_be_made_of_itself(clean: Any) -> None:
 cells = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zs", "Zl", "Zp")), min_size=1)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(cells, cells), min_size=1, max_size=5), st.sampled_from(["{ward}{b}", "{b}", "é'{b}\" {ward}!"])
 )

@@ -8,7 +8,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError, SchemaError
@@ -91,7 +91,7 @@ def test_excel_serial_numbers(clean: Any) -> None:
 
 
 @pytest.mark.parametrize("zone", ["Asia/Shanghai", "Europe/Berlin", "America/New_York", "Asia/Kolkata"])
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.datetimes(dt.datetime(1995, 1, 1), dt.datetime(2024, 12, 31)), min_size=1, max_size=30))
 def test_local_time_becomes_utc(clean: Any, zone: str, moments: list[dt.datetime]) -> None:
     local = [m.replace(second=0, microsecond=0) for m in moments]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError
@@ -50,7 +50,7 @@ def test_latest_is_compared_as_what_the_schema_says(clean: Any) -> None:
     assert clean([{**LATEST, "latest": "x"}], COLUMNS, [HEAD, *rows])["x"].tolist() == [80]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=40))
 def test_every_row_is_kept_or_counted(clean: Any, cells: list[tuple[str, int, int]]) -> None:
     rows = [[key, f"2020-01-0{day}", x] for key, day, x in cells]

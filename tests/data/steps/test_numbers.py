@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError, SchemaError
@@ -70,7 +70,7 @@ def test_what_is_not_declared_breaks_the_contract(
     assert (problem.code, problem.field) == ("schema.type", "x")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.floats(-1e11, 1e11), min_size=1))
 def test_written_and_read_again(clean: Any, numbers: list[float]) -> None:
     numbers = [round(x, 4) for x in numbers if round(x, 4) != -9]

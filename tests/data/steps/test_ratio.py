@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError
@@ -25,7 +25,7 @@ def made(prepare: Any, now: list[float], usual: list[float], above: Column = COU
     return found
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(CELLS, st.booleans())
 def test_it_is_the_ratio_or_its_logarithm(prepare: Any, cells: list[tuple[float, float]], log: bool) -> None:
     now, usual = (list(column) for column in zip(*cells, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfTransformer
 
@@ -42,7 +42,7 @@ def site(table_of: Any, notes: list[Any]) -> Any:
     return table_of({"note": notes, "k": [0] * len(notes)}, COLUMNS)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.one_of(st.none(), st.text(alphabet="abc 发热咳嗽x́Ａ\U0001f600", max_size=12)), max_size=8))
 def test_characters(table_of: Any, prepare: Any, notes: list[Any]) -> None:
     found = matrix(prepare([TEXT], {"one": site(table_of, notes)})["one"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atoll.contract.errors import PlanError, SchemaError
@@ -31,7 +31,7 @@ def test_codes_for_missing_are_not_converted(clean: Any) -> None:
     assert np.isnan(read(clean, ["-9", "-9.0", "x", ""], "mg/dL")).all()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1))
 def test_no_digit_is_lost(clean: Any, numbers: list[float]) -> None:
     numbers = [x for x in numbers if x != -9]

@@ -5,7 +5,7 @@ from fractions import Fraction
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -68,7 +68,7 @@ def test_geometric_goes_on_beyond_64_bits(scripted):
     assert geometric(Fraction(1), 1, scripted(0, 2**63)).tolist() == [exact_count(Fraction(1, 2**65), Fraction(1))]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None)
 @given(
     rate=st.fractions(Fraction(1, 2**20), 40, max_denominator=2**20),
     offset=st.integers(-(2**20), 2**20),

@@ -86,6 +86,8 @@ class Daily:
     class Params(DailyParams):
         """See :class:`atoll.blueprints.epidemic.settings.DailyParams`."""
 
+    self_chosen = True  # by its newest day: of a day that only one region has, the others' zeros would show that one
+
     def __init__(self, params: Params) -> None:
         self.params = params
 
@@ -106,7 +108,7 @@ class Daily:
         least = min(p.min_regions, len(cohort.sites))
         present = [site for site, told_ in status.items() if self._counts(*told_, day or 0)]
         if status and len(present) < least:
-            raise _too_few(len(present), least)
+            raise _too_few(len(present), least, Asked(p, cohort, day or 0, status, present).problems())
         settled = min([day or 0, *(status[site][0] for site in present)])
         send = {**sent(day or 0), "settled": np.array(float(settled))}
         total = yield Round("score", Sum(), self._fields(cohort.schema), send)
@@ -311,8 +313,10 @@ def _later(values: Floats, days: int) -> Floats:
     return np.append(values, np.full(days, math.nan))[days:]
 
 
-def _too_few(there: int, least: int) -> ProtocolError:
+def _too_few(there: int, least: int, problems: Sequence[Mapping[str, str]] = ()) -> ProtocolError:
+    """problems: of those that cannot, see ``Asked.problems``."""
+    others = "".join(f"; {one['site']}: {one['message']}" for one in problems)
     return ProtocolError(
-        "epidemic.too-few-regions", f"{there} regions can be scored, and {least} are the fewest of a sum",
-        field="params.min_regions", remedy="wait for the late regions, or look at what is wrong with their tables",
+        "epidemic.too-few-regions", f"{there} regions can be scored, and {least} are the fewest of a sum{others}",
+        field="params.min_regions", remedy="wait for the late regions, or mend their tables",
     )  # fmt: skip

@@ -54,8 +54,7 @@ class Asked:
             "partial": bool(absent) or (self.cohort.exact and regions < len(self.present)),
             "absent": absent,
             "late": [site for site in self.present if site in self.status and self.status[site][0] < day],
-            "problems": [_problem(site, self.status[site][1]) for site in absent if site in self.status
-                         and self.status[site][1] != SOUND],
+            "problems": self.problems(),
             "window_days": p.window_days,
             "ceiling_per_100k": p.ceiling_per_100k,
             "joint": {
@@ -72,12 +71,27 @@ class Asked:
                  "regions": int(reported[i])}
                 for i in range(len(cases)) if reported[i] > 0
             ],
-            "forecast": {"learned": self._learned(total, known), "seir": seen["seir"]},
+            "forecast": {"learned": self._learned(total, known), "seir": seen["seir"], "note": self._doubtful(known)},
             "drivers": self._drivers(total),
             "alarms": self._alarms(total),
             "links": links.told(),
             **{name: found for name, found in seen.items() if name != "seir"},
         }  # fmt: skip
+
+    def problems(self) -> list[dict[str, str]]:
+        """Why each site is not in the sum that told its newest day, but is absent."""
+        return [self._problem(site) for site in self.cohort.sites if site in self.status and site not in self.present]
+
+    def _problem(self, site: str) -> dict[str, str]:
+        newest, wrong = self.status[site]
+        known = WRONG.get(wrong, ("epidemic.unknown", "the region's table cannot be scored", ""))
+        if wrong == SOUND and newest < self.day - self.params.max_age_days:
+            told = f"its newest day is {_date(newest)}, more than {self.params.max_age_days} days before"
+            remedy = "send the days that are missing, with as many cities as before, or raise params.max_age_days"
+            known = ("epidemic.too-late", told, remedy)
+        elif wrong == SOUND:
+            known = ("epidemic.dropped-out", "it told its newest day, and then dropped out", "see its own log")
+        return {"site": site, **dict(zip(("code", "message", "remedy"), known, strict=True))}
 
     def _regions(self, total: Summed) -> int:
         """How many are in the sum; under noise one, as nobody knows."""
@@ -91,6 +105,16 @@ class Asked:
             {"days": model.days, **interval(row[-1], past_errors(row, cases, model.days), self.params.interval)}
             for model, row in zip(self.params.models, values, strict=True)
         ]
+
+    def _doubtful(self, cases: Floats) -> str:
+        """Which horizons' models may have learned from too few days, "" if none; *cases* as of :meth:`_learned`."""
+        known = {model.days: followed(cases, model.days) for model in self.params.models}
+        few = {days: least for days, seen in known.items() if seen is not None and seen < (least := enough(days))}
+        return "; ".join(
+            f"do not rely on the {days}-day forecast: what followed is known of only {known[days]} days since the "
+            f"first cases, and a model needs {least}, unless it has learned from an earlier wave"
+            for days, least in sorted(few.items())
+        )
 
     def _region(self, own: Mapping[str, Array]) -> dict[str, Any]:
         alarm, risk = int(own["alarm_since"]), np.clip(np.asarray(own["risk"], np.float64), 0.0, 1.0)
@@ -125,6 +149,22 @@ class Asked:
         return found | ({"cities": cities, "of_cities": of} if self.params.series.city is not None else {})
 
 
+def enough(days: int) -> int:
+    """Of how many days the *days* days after them must be known to learn from: two weeks, and two such spans, as
+    those of neighbouring days are nearly the same."""
+    return max(14, 2 * days)
+
+
+def followed(cases: Floats, days: int) -> int | None:
+    """Of how many days since the first case it is known how many came in the *days* days after; None where there was
+    no case, or one on the first of all days, before which there may have been more. cases: [days], NaN unknown."""
+    some = np.flatnonzero(np.nan_to_num(cases) > 0)
+    if not len(some) or some[0] == 0:
+        return None
+    gaps = np.cumsum(np.append(0, np.isnan(cases)))[some[0] + 1 :]
+    return int((gaps[days:] == gaps[:-days]).sum()) if len(gaps) > days else 0
+
+
 def past_errors(forecast: Floats, cases: Floats, days: int) -> Floats:
     """Errors (``backtest.log_errors``) of forecasts whose days are over, in order. forecast: of the *days* days after
     each, [days]; cases: new cases by day, the last day being the forecast's last, [≥ days]; NaN where unknown."""
@@ -157,8 +197,3 @@ def _by_day(day: int, risk: Floats) -> list[dict[str, Any]]:
     """Where it is known; the last is of *day*."""
     first = day - len(risk) + 1
     return [{"day": _date(first + i), "risk": float(value)} for i, value in enumerate(risk) if not math.isnan(value)]
-
-
-def _problem(site: str, wrong: int) -> dict[str, str]:
-    code, message, remedy = WRONG.get(wrong, ("epidemic.unknown", "the region's table cannot be scored", ""))
-    return {"site": site, "code": code, "message": message, "remedy": remedy}

@@ -197,14 +197,17 @@ def _newest(day: Ints, unit: Ints) -> int:
 
 
 def _population(table: Rows, columns: SeriesColumns, place: Ints, at: Ints) -> float:
-    """Residents of the region; NaN where rows do not say, or do not agree."""
+    """Residents of the region; NaN where rows do not say, or do not agree: no region has twice, or half, as many as
+    lately."""
     values = np.asarray(table[columns.population], np.float64)[place]
     last = values[at == at.max()]
     if np.isnan(last).any() or (last <= 0).any():
         return math.nan
     if columns.population_of == "city":
         return float(min(last.sum(), PEOPLE))
-    return float(min(last[0], PEOPLE)) if len(np.unique(last)) == 1 else math.nan
+    usual = float(np.median(values[values > 0]))
+    agree = len(np.unique(last)) == 1 and usual / 2 <= last[0] <= usual * 2
+    return float(min(last[0], PEOPLE)) if agree else math.nan
 
 
 def predicted(series: Series, table: Rows, model: Predictor, saved: SavedModel) -> Floats:

@@ -42,7 +42,7 @@ from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
 from atoll.models.trees import Link
 from atoll.trees import objective as port
-from atoll.trees.objective import Declared, Fixed, Floats, Ints, Objective, Summed, Sums, binary, known, objective
+from atoll.trees.objective import Declared, Each, Fixed, Floats, Ints, Objective, Summed, Sums, binary, known, objective
 
 MOST = 32.0
 """The largest e^F r of a row."""
@@ -68,6 +68,7 @@ class Cox(Objective):
     Settings: ClassVar[type[CoxSettings]] = CoxSettings
     link: ClassVar[Link] = "exp"
     evaluated: ClassVar[bool] = False
+    weighable: ClassVar[bool] = False  # XGBoost's risk sets leave weights out, and weighted rows would not
 
     event: str
     ends: tuple[float, ...]
@@ -84,6 +85,11 @@ class Cox(Objective):
             target, bound, bound, Fixed.of(settings.reach, schema), settings.event, tuple(ends.tolist()),
             settings.reach, Fixed.of(math.exp(settings.reach), schema),
         )  # fmt: skip
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Duration and event."""
+        return (self.target, self.event)
 
     def labels(self, table: TableView) -> Floats:
         """(interval, event) of all rows, [n, 2]."""
@@ -107,9 +113,9 @@ class Cox(Objective):
         """Events."""
         return {"events": Sums()}
 
-    def begin_sums(self, labels: Floats) -> Summed:
+    def begin_each(self, labels: Floats) -> Each:
         """See the port."""
-        return {"events": int(labels[:, 1].sum())}
+        return {"events": (None, labels[:, 1].astype(np.int64))}
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """0: only differences of margins count."""

@@ -15,7 +15,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.models.trees import Link
 from atoll.trees import objective as port
-from atoll.trees.objective import Declared, Fixed, Floats, Ints, Objective, Summed, Sums, binary, objective
+from atoll.trees.objective import Declared, Each, Fixed, Floats, Ints, Objective, Sums, binary, objective
 
 FAR = 32.0
 """A margin farther from 0 counts as that far in the loss, as does a base margin that all labels being alike gives."""
@@ -51,9 +51,10 @@ class Logistic(Objective):
         """Rows, and those labelled 1."""
         return {"rows": Sums(), "ones": Sums()}
 
-    def begin_sums(self, labels: Floats) -> Summed:
+    def begin_each(self, labels: Floats) -> Each:
         """See the port."""
-        return {"rows": len(labels), "ones": int(labels.sum())}
+        ones = labels.astype(np.int64)
+        return {"rows": (None, np.ones_like(ones)), "ones": (None, ones)}
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """Log odds of the mean, that of half a row where there is none of a label."""

@@ -29,7 +29,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
 from atoll.trees import objective as port
-from atoll.trees.objective import ONE, Declared, Fixed, Floats, Ints, Objective, Summed, Sums, objective
+from atoll.trees.objective import ONE, Declared, Each, Fixed, Floats, Ints, Objective, Summed, Sums, objective
 
 OCTAVES, PARTS = 16, 8
 _MAGNITUDES = 2.0 ** (np.arange(-OCTAVES * PARTS, 1) / PARTS)
@@ -53,6 +53,7 @@ class Quantile(Objective):
     Settings: ClassVar[type[QuantileSettings]] = QuantileSettings
     constant: ClassVar[bool] = True
     telling: ClassVar[bool] = False
+    weighable: ClassVar[bool] = False  # sums of weights do not say whether a quantile tells of few rows
 
     alpha: float
     low: float
@@ -92,9 +93,10 @@ class Quantile(Objective):
         """Histogram of the target above the bottom of its range."""
         return {"above": Sums((CELLS,))}
 
-    def begin_sums(self, labels: Floats) -> Summed:
+    def begin_each(self, labels: Floats) -> Each:
         """See the port."""
-        return {"above": np.bincount(self._cells(labels - self.low), minlength=CELLS)}
+        cells = self._cells(labels - self.low)
+        return {"above": (cells, np.ones_like(cells))}
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """The target's α-quantile, as near as the cells tell; the bottom of its range where too few rows do."""

@@ -18,7 +18,7 @@ from atoll.contract.wire import Array
 from atoll.models.model import missing
 from atoll.models.trees import Link
 from atoll.trees import objective as port
-from atoll.trees.objective import Declared, Fixed, Floats, Ints, Objective, Summed, Sums, objective
+from atoll.trees.objective import Declared, Each, Fixed, Floats, Ints, Objective, Sums, objective
 
 FAR = 32.0
 """A row's loss is at most this, as if no class had a probability below e⁻³²."""
@@ -78,9 +78,10 @@ class Softmax(Objective):
         """Rows of each class."""
         return {"of_class": Sums((self.classes,))}
 
-    def begin_sums(self, labels: Floats) -> Summed:
+    def begin_each(self, labels: Floats) -> Each:
         """See the port."""
-        return {"of_class": np.bincount(labels.astype(np.int64), minlength=self.classes)}
+        places = labels.astype(np.int64)
+        return {"of_class": (places, np.ones_like(places))}
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """Logarithms of the classes' shares, that of half a row where there is none, about their mean."""

@@ -15,7 +15,7 @@ from atoll.contract.schema import TableSchema
 from atoll.contract.wire import Array
 from atoll.models.linear import feature_bounds
 from atoll.trees import objective as port
-from atoll.trees.objective import ONE, Declared, Fixed, Floats, Ints, Objective, Summed, Sums, objective
+from atoll.trees.objective import ONE, Declared, Each, Fixed, Floats, Ints, Objective, Sums, objective
 
 
 class SquaredSettings(port.Settings):
@@ -54,9 +54,10 @@ class Squared(Objective):
         """Rows, and Σ(y − low)."""
         return {"rows": Sums(), "above": Sums((), self.gradient)}
 
-    def begin_sums(self, labels: Floats) -> Summed:
+    def begin_each(self, labels: Floats) -> Each:
         """See the port."""
-        return {"rows": len(labels), "above": self.gradient.integers(labels - self.low).sum()}
+        above = self.gradient.integers(labels - self.low)
+        return {"rows": (None, np.ones_like(above)), "above": (None, above)}
 
     def base(self, total: Mapping[str, Array], smallest: int = 1) -> Floats:
         """The mean."""
