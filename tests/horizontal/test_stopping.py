@@ -39,7 +39,7 @@ def params_of(study: Any, **more: Any) -> dict[str, Any]:
 )
 def test_it_ends_when_nothing_gets_better_or_all_is_good(stop: Stop, values: list[float], at: int | None) -> None:
     watch, metric = Watch(stop), stop.target.metric if stop.target else stop.metric
-    ended = [number for number, value in enumerate(values) if watch.enough({metric: value})]
+    ended = [number for number, value in enumerate(values) if watch.enough({metric: value}, number)]
     assert (ended[0] if ended else None) == at
 
 
@@ -47,11 +47,12 @@ def test_what_it_knows_survives_a_checkpoint() -> None:
     stop = Stop(patience=3, metric="auc")
     watch = Watch(stop, "best", "auc")
     for number, value in enumerate((0.6, 0.8, 0.7)):
-        watch.enough({"auc": value}, np.full(3, float(number)))
+        watch.enough({"auc": value}, number, np.full(3, float(number)))
     state = {name: np.asarray(value) for name, value in watch.arrays().items()}
     again = Watch(stop, "best", "auc").resumed(state)
     assert not state
     assert (again.best, again.since, again.score, again.weights.tolist()) == (0.8, 1, 0.8, [1, 1, 1])
+    assert again.told(used_up=True) == {"ended_by": "schedule", "kept_round": 1}
     assert not Watch(Stop()).arrays()
 
 
@@ -84,12 +85,13 @@ def test_the_training_loss_is_watched(drive: Any, hospitals: Any) -> None:
     whole = study.train(drive, "horizontal.fedavg", params_of(study)).result
     target = whole["history"][9]
     found = study.train(drive, "horizontal.fedavg", params_of(study, stop={"target": {"at_most": target}})).result
-    assert found["iterations"] == 10
+    assert (found["iterations"], found["ended_by"], whole["ended_by"]) == (10, "target", "rounds")
     assert found["history"] == whole["history"][:10]
     gains = -np.diff(whole["history"])
     wanted = int(np.argmax(gains <= 0.005)) + 2
     found = study.train(drive, "horizontal.fedavg", params_of(study, stop={"patience": 1, "min_delta": 0.005})).result
     assert found["iterations"] == wanted < 30
+    assert found["ended_by"] == "patience"
 
 
 def halves(study: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -114,6 +116,7 @@ def test_the_best_evaluated_weights_are_kept(drive: Any, hospitals: Any) -> None
     tasks = [item for item in last.rounds if item.name == "train"]
     wanted = np.asarray(tasks[number + 1].send["weights"])
     assert np.allclose(best.result["model"].weights, wanted, atol=1e-15)
+    assert best.result["kept_round"] == number and "kept_round" not in last.result
     assert not np.allclose(last.result["model"].weights, wanted, atol=1e-3)
     assert len(model.weights) == len(wanted)
 

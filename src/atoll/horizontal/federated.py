@@ -169,7 +169,7 @@ class Federated(Alone, Factored, Personal, Single):
         link = self.link = Link(p.compress, first, cohort.seed, cohort.sites, payload.factors).resumed(state)
         self.evidence = Evidence(cohort.sites, cohort.seed, p.aggregate.single, not p.compress.common).resumed(state)
         watch = self._watch(model).resumed(state)
-        fields = payload.fields(cohort.exact)
+        fields, used_up = payload.fields(cohort.exact), None
         for number in range(len(history), p.rounds):
             support = p.compress.support(known, cohort.seed, number)
             sent = {**self._told(model, state, number), **p.compress.telling(known, p.clip, cohort.seed, number)}
@@ -187,12 +187,12 @@ class Federated(Alone, Factored, Personal, Single):
             self.step(state, mean, len(sites) / len(cohort.sites))
             history.append(float(mean["loss"]))
             used_up = yield Metrics(number, {"loss": history[-1], **self.watched(model, state)})
-            over, done = watch.enough({LOSS: history[-1]}), number + 1
+            over, done = watch.enough({LOSS: history[-1]}, number), number + 1
             if p.evaluate_every and done % p.evaluate_every == 0 and (done < p.rounds or p.keep == "best"):
                 yield from self._personalised(model, state, done)
                 weights = self.final(model, state).weights
                 found = yield from scored(self, cohort, weights, number)
-                over |= watch.enough(found, weights)
+                over = watch.enough(found, number, weights)
             if used_up or (over and used_up is not None):  # None: rounds are only counted
                 break
             if done % p.checkpoint_every == 0:
@@ -200,6 +200,7 @@ class Federated(Alone, Factored, Personal, Single):
                 yield Checkpoint({**state, **own, **watch.arrays(), "history": np.array(history)})
         yield from self._personalised(model, state, len(history))
         more = {**self.reported(model, state), **self.evidence.told(), **link.told()}
+        more |= watch.told(used_up=bool(used_up))
         more |= yield from self.compared(cohort, len(history))
         model = self.final(model, state)
         model = model.with_weights(watch.weights) if len(watch.weights) else model

@@ -14,12 +14,14 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from atoll.contract.wire import Array
+from atoll.contract.wire import Array, Json
 
 LOSS = "loss"
 LOWER = frozenset({LOSS, "log_loss", "brier", "mae", "rmse"})
 HIGHER = frozenset({"auc", "ks", "accuracy", "f1", "macro_f1", "balanced_accuracy", "r2", "mean_auc"})
 """Metrics that are the better the lower, or the higher, they are."""
+REMEMBERED = ("best", "since", "score", "best_round")
+"""Of a run, beside the best weights, in checkpoints."""
 
 
 def _known(metric: str) -> None:
@@ -78,7 +80,8 @@ class Stop(BaseModel):
 
 @dataclass
 class Watch:
-    """One run: what was best, and how long ago. kept: by which metric the best weights are kept; None: the last are."""
+    """One run: what was best, and how long ago. kept: by which metric the best weights are kept, if they are.
+    best_round: theirs, from 0. ended: by which of the plan's words it ended early."""
 
     stop: Stop
     keep: Literal["last", "best"] = "last"
@@ -86,35 +89,47 @@ class Watch:
     best: float = math.nan
     since: float = 0.0
     score: float = math.nan
+    best_round: float = math.nan
     weights: Array = field(default_factory=lambda: np.zeros(0))
+    ended: Literal["", "patience", "target"] = ""
 
     def resumed(self, state: dict[str, Array]) -> Watch:
         """As it was when it was told as :meth:`arrays`, which are taken out of *state*."""
         self.weights = state.pop("best weights", self.weights)
-        for name in ("best", "since", "score"):
+        for name in REMEMBERED:
             setattr(self, name, float(state.pop(f"stop {name}", np.array(getattr(self, name)))))
         return self
 
     def arrays(self) -> dict[str, Array]:
         """For a checkpoint."""
-        told = {f"stop {name}": np.array(float(getattr(self, name))) for name in ("best", "since", "score")}
+        told = {f"stop {name}": np.array(float(getattr(self, name))) for name in REMEMBERED}
         return {**(told if self.stop.asked or self.keep == "best" else {}),
                 **({"best weights": self.weights} if len(self.weights) else {})}  # fmt: skip
 
-    def enough(self, values: Mapping[str, float], weights: Array | None = None) -> bool:
-        """Is it time to end? values: what was measured just now. weights: those that evaluation measured."""
-        found, over = {name: value for name, value in values.items() if not math.isnan(value)}, False
+    def enough(self, values: Mapping[str, float], number: int, weights: Array | None = None) -> bool:
+        """Is it time to end, after round *number*? values: what was measured just now. weights: those that evaluation
+        measured."""
+        found = {name: value for name, value in values.items() if not math.isnan(value)}
         if self.stop.metric in found and self.stop.patience is not None:
             if _better(self.stop.metric, found[self.stop.metric], self.best, self.stop.min_delta):
                 self.best, self.since = found[self.stop.metric], 0.0
             else:
                 self.since += 1
-            over = self.since >= self.stop.patience
+            if self.since >= self.stop.patience:
+                self.ended = "patience"
         wanted = weights is not None and self.keep == "best" and self.kept in found
         if wanted and _better(self.kept, found[self.kept], self.score, 0.0):
-            self.score, self.weights = found[self.kept], np.array(weights)
+            self.score, self.weights, self.best_round = found[self.kept], np.array(weights), float(number)
         target = self.stop.target
-        return over or (target is not None and target.metric in found and target.reached(found[target.metric]))
+        if target is not None and target.metric in found and target.reached(found[target.metric]):
+            self.ended = "target"
+        return bool(self.ended)
+
+    def told(self, *, used_up: bool) -> dict[str, Json]:
+        """For the result: {"ended_by": "rounds" (all of them), "schedule" (its limits), "patience" or "target";
+        "kept_round": whose weights are the model's, where the best are}."""
+        why = self.ended or ("schedule" if used_up else "rounds")
+        return {"ended_by": why, **({"kept_round": int(self.best_round)} if len(self.weights) else {})}
 
 
 def _better(metric: str, value: float, best: float, delta: float) -> bool:

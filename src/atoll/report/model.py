@@ -39,6 +39,11 @@ METRICS = {
 }
 PLOTTED = ("auc", "accuracy", "log_loss", "mae", "rmse")
 OWN = ("local", "federated", "personal")
+ENDED = {
+    "patience": ", as nothing became better any more",
+    "target": ", when its target was reached",
+    "schedule": ", when the time or traffic that the plan allows was used up",
+}
 KINDS = {
     "local": "trained at the site alone",
     "federated": "trained together",
@@ -169,7 +174,8 @@ def convergence(result: Input, details: Input) -> Section | None:
     words = [text(f"Training makes the loss, which is the model’s error, smaller: {went}.")]
     steps = real(part(result, "model").get("converged_rounds"))
     if steps is not None:
-        words.append(text(f"It ended after {counted(int(steps), 'step')}."))
+        why = ENDED.get(str(part(result, "output").get("ended_by")), "")
+        words.append(text(f"It ended after {counted(int(steps), 'step')}{why}."))
     picture = figure(plot, "Training loss", "mean per record; lower is better")
     return Section("convergence", "Convergence", [beside(picture, *words)])
 
