@@ -22,6 +22,10 @@ MEANING = {
     "resolution": "a declared resolution of every value a site sends",
     "bounded-weight": "a declared bound on every site's weight",
 }
+REMEDY = {
+    "gather": "choose another protection or program for this plan: plain lets the coordinator see single replies; or "
+    "leave out the parameters that look at them (docs/plan.md says which)"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ def conflicts(parts: Sequence[Capabilities]) -> list[PlanError]:
                     "plan.illegal-combination",
                     f"{part.name} needs {MEANING[tag]}, which {others} does not offer",
                     field=tag,
-                    remedy="choose another protection or program for this plan",
+                    remedy=REMEDY.get(tag, "choose another protection or program for this plan"),
                 )
             )
     return problems
