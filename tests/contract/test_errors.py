@@ -148,3 +148,8 @@ def test_refuse_all() -> None:
     assert [type(part) for part in both.parts] == [PolicyError, SchemaError]
     nested = str(listed(PlanError, "outer", [both, single]))
     assert all(text in nested for text in ("2 problems", "1. no", "2. column x is odd"))
+
+
+def test_places_are_told_in_one_order_whoever_adds_them() -> None:
+    error = ProtocolError("a.b", "it broke").at(site="north").at(step="train", round=3)
+    assert str(error) == "site north, round 3, step train: it broke"

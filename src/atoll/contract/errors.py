@@ -22,6 +22,8 @@ from typing import Any, Self
 MAX_PARTS = 50
 MAX_DEPTH = 2
 """Of an error's parts, as far as another party is believed."""
+PLACES = ("site", "run", "round", "step")
+"""Where something happened is told in this order."""
 
 
 class AtollError(Exception):
@@ -84,7 +86,8 @@ class AtollError(Exception):
         return kind(code, "", remedy=remedy, field=field, where=where)
 
     def __str__(self) -> str:
-        places = [f"{name} {value}" for name, value in self.where.items() if name != "trace" and value != ""]
+        where = {name: self.where[name] for name in PLACES if name in self.where} | self.where
+        places = [f"{name} {value}" for name, value in where.items() if name != "trace" and value != ""]
         text = self.message or self.code
         if not self.parts:
             if self.field and self.field not in text:
